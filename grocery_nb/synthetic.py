@@ -48,7 +48,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from .core import GroceryError, atomic_write, cache_dir
+from .core import GroceryError, atomic_write, cache_dir, cache_path
 
 # %% ../nbs/00_synthetic.ipynb #ecd1d8c8
 F = np.float32
@@ -1636,7 +1636,7 @@ def photograph(scene:Scene, size:int)->np.ndarray: # (size, size, 3) uint8
     return np.minimum(np.maximum(pixels + (plate * strength >> 9), 0), 255).astype(np.uint8)
 
 # %% ../nbs/00_synthetic.ipynb #7b05c322
-VERSION = "3"  # part of the cache key: raise it whenever a pixel changes
+VERSION = "1"  # part of the cache key: raise it whenever a pixel changes
 
 class FineClass(NamedTuple):
     "One kind of grocery"
@@ -1939,7 +1939,7 @@ DEFAULTS = dict(train=40, val=8, test=16, size=224, seed=0, label_noise=0.0, cor
 
 def default_mini_dir()->Path: # A path; nothing is drawn
     "Where the default set lies, or will lie"
-    return cache_dir() / f"mini-{VERSION}"
+    return cache_path(f"mini-{VERSION}")
 
 # %% ../nbs/00_synthetic.ipynb #7225877f
 def mini_folder(options:dict)->Path: # A path; nothing is drawn
@@ -1960,6 +1960,7 @@ def mini_dir(
     wish = dict(train=train, val=val, test=test, **options)
     root = mini_folder({k: v for k, v in wish.items() if k not in ("jobs", "progress")})
     if is_mini(root): return root
+    cache_dir()
     with FileLock(f"{root}.lock"):
         if not is_mini(root): make_dataset(root, **wish)
     return root

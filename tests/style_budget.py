@@ -85,7 +85,7 @@ def violations(notebook: dict) -> list:
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     lines = [code_lines(cell) for cell in code]
     exported = [code_lines(cell) for cell in code if is_export(cell) and definitions(cell)]
-    markdown = 1 - len(code) / len(cells)
+    markdown = sum(cell["cell_type"] == "markdown" for cell in cells) / len(cells)
     found = []
     if statistics.median(lines) > 6: found.append(f"median code cell: {statistics.median(lines)} lines, budget 6")
     if percentile(lines, 0.9) > 18: found.append(f"p90 code cell: {percentile(lines, 0.9)} lines, budget 18")

@@ -1,0 +1,17 @@
+"Every notebook runs top to bottom in a fresh Jupyter kernel, as in JupyterLab, without a network."
+import nbformat
+import pytest
+from conftest import NOTEBOOKS, ROOT
+from nbclient import NotebookClient
+
+NOWHERE = "http://127.0.0.1:9"  # a proxy that nobody runs: what asks the network fails at once
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_runs_in_a_jupyter_kernel(path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"): monkeypatch.setenv(name, NOWHERE)
+    for name in ("no_proxy", "NO_PROXY"): monkeypatch.setenv(name, "127.0.0.1,localhost")
+    before = {item.name for item in (ROOT / "nbs").iterdir()}
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert {item.name for item in (ROOT / "nbs").iterdir()} == before, "a notebook leaves no files behind"
