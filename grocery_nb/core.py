@@ -32,7 +32,7 @@ def needs(
     try: yield
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] == "grocery_nb": raise
-        raise MissingExtra(f"The Python package {e.name!r} is not installed; it comes with the extra {extra!r}: "
+        raise MissingExtra(f"The Python package {e.name.split('.')[0]!r} is not installed; it comes with the extra {extra!r}: "
                            f"pip install 'grocery-nb[{extra}]'") from e
 
 # %% ../nbs/90_core.ipynb #4322974a

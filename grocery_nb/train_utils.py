@@ -17,13 +17,15 @@ from operator import length_hint
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from tqdm import tqdm
 
-from .core import GroceryError, atomic_path
+from .core import GroceryError, atomic_path, needs
 from .model_utils import split_head
+
+with needs("train"):
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 # %% ../nbs/04_training.ipynb #1f28f900
 class TrainError(GroceryError, ValueError):
