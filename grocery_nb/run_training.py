@@ -120,10 +120,10 @@ def train(
     root = data_dir(options.data)
     names = list(get_classes(root/"classes.csv", options.label).values())                             # 1 classes
     for split in ("train", "val"): load_split(root, split)
-    import torch
     from grocery_nb.evaluation import evaluate_logits
     from grocery_nb.model_utils import create_model, preprocessing_for, save_model
     from grocery_nb.train_utils import predict
+    import torch
     loaders = loaders_for(options, root, augment=not options.probe)                                   # 2 data
     torch.manual_seed(options.seed)
     weights = None if options.weights == "none" else options.weights

@@ -1511,9 +1511,11 @@ def held(
     gain, wrist = (tone, tone * .95, tone * .95), (x + side * wide * .9, y + tall * .45)
     for shape, k, s in ((FOREARM, 2.9, .78), (PALM, .8, 1.0)):
         limb(scene, shape, Place(wrist[0] + side * palm * k, wrist[1] + palm * k * .75, palm * s, side * -52, gain=gain, shadow=.4))
-    for i in range(3): limb(scene, FINGER, Place(x - side * wide * .96, y + tall * (.1 + .2 * i) + f, f * .9, -side * 80 + dice.bell(10), dice.bell(.08), gain=gain))
+    for i in range(4):
+        reach, size = (.8, .86, .84, .74)[i], f * (.7, .78, .74, .62)[i]
+        limb(scene, FINGER, Place(x - side * wide * reach, y + tall * (-.22 + .24 * i), size, -side * (62 + 9 * i) + dice.bell(5), dice.bell(.06), gain=gain))
     draw()
-    limb(scene, FINGER, Place(x + side * wide * .66, y + tall * dice.between(.15, .4), f * 1.05, -side * dice.between(35, 70), dice.bell(.08), gain=gain))
+    limb(scene, FINGER, Place(x + side * wide * .62, y + tall * dice.between(.1, .3), f * .95, -side * dice.between(38, 60), dice.bell(.08), gain=gain))
 
 # %% ../nbs/00_synthetic.ipynb #f999c27d
 def held_piece(scene:Scene, look:Look):
