@@ -190,7 +190,7 @@ def main(
     options = build_parser().parse_args(arguments)
     try: return options.run(options) or 0
     except GroceryError as e: print(f"grocery: {e}", file=sys.stderr)
-    except OSError as e: print(f"grocery: {e.filename or 'the system'}: {e.strerror or e}; nothing was written there", file=sys.stderr)
+    except OSError as e: print(f"grocery: {e.filename or 'the system'}: {e.strerror or e}", file=sys.stderr)
     except KeyboardInterrupt:
         print("grocery: interrupted; no file was left half-written", file=sys.stderr)
         return 130

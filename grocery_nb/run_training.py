@@ -87,7 +87,7 @@ def loaders_for(
     "Training and validation loader with the preprocessing that the backbone was trained with"
     from grocery_nb.data_utils import Preprocessing, get_loaders
     from grocery_nb.model_utils import preprocessing_for
-    return get_loaders(options.batch_size, root=root, label=options.label, seed=options.seed, augment=augment,
+    return get_loaders(options.batch_size, root=root, label=options.label, seed=options.seed, augment=augment, progress=not options.quiet,
                        preprocessing=Preprocessing(**preprocessing_for(options.backbone)))
 
 # %% ../nbs/06_run_training.ipynb #20db9f10
@@ -108,7 +108,7 @@ def fit(
     from grocery_nb.train_utils import train_model, train_probe
     steps = dict(epochs=options.epochs, lr=options.learning_rate, progress=not options.quiet)
     if not options.probe: return train_model(model, loaders[0], val_loader=loaders[1], **steps)
-    return train_probe(model, *loaders, cache=cache_dir("features"), key=feature_source(loaders), **steps)
+    return train_probe(model, *loaders, batch_size=options.batch_size, cache=cache_dir("features"), key=feature_source(loaders), **steps)
 
 # %% ../nbs/06_run_training.ipynb #30b3b488
 def train(

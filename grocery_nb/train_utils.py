@@ -323,7 +323,7 @@ def train_probe(
     batch_size:int=32, # Rows of features a step
     cache:"str|Path|None"=None, # A folder for the features
     key:str="", # Which data, labels and preprocessing; needed with `cache`
-    progress:bool=True, # Bars on standard error
+    progress:bool=True, # A bar on standard error while features are computed
     on_epoch=None, # Called with the record of each epoch; the model is up to date by then
 ) -> list: # The history, as from `train_model`
     "Train the last layer alone on features that are computed once; raises `TrainError`; leaves the model in eval mode"
@@ -341,8 +341,8 @@ def train_probe(
     mean, scale = feature_scale(features)
     scaled = fold_scaling(head, -mean/scale, 1/scale)
     held_out = None if val_loader is None else batches(*rows(val_loader, "val"), shuffle=False)
-    with one_thread():
-        history = train_model(scaled, batches(features, labels, shuffle=True), epochs, lr, held_out, progress=progress,
+    with one_thread():  # and without a bar: all epochs together take seconds
+        history = train_model(scaled, batches(features, labels, shuffle=True), epochs, lr, held_out, progress=False,
                               weight_decay=weight_decay, on_epoch=fold)
     model.eval()
     return history
