@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CsvError
 from csv import reader as csv_reader
 from dataclasses import dataclass
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 

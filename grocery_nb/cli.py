@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import __version__
 from .core import GroceryError
-from .run_training import add_arguments, check_output, positive
+from .run_training import add_arguments, check_output, measure, report, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
 def data_mini(
@@ -34,9 +34,9 @@ def data_validate(
 ) -> int: # 1 if the data has errors
     "Check every row and every photo of a data set, and print one table"
     from grocery_nb.catalog import data_dir, validate_dataset
-    report = validate_dataset(data_dir(options.source))
-    print(report)
-    return 0 if report.ok else 1
+    found = validate_dataset(data_dir(options.source))
+    print(found)
+    return 0 if found.ok else 1
 
 # %% ../nbs/91_cli.ipynb #c015d465
 def data_download(
@@ -62,7 +62,6 @@ def train_command(
     options:argparse.Namespace, # Of `run_training.add_arguments`
 ):
     "Train, and say what came out and what to do next"
-    from grocery_nb.run_training import train
     run = train(options)
     score = run.evaluation
     print(f"Validation accuracy: {score.top1:.1%} ({score.top1_interval[0]:.1%} to {score.top1_interval[1]:.1%}, {score.n} photos)")
@@ -73,7 +72,6 @@ def evaluate_command(
     options:argparse.Namespace, # model, data, split, json
 ):
     "Measure a model file on a split"
-    from grocery_nb.run_training import measure
     evaluation = measure(options.model, options.data, options.split).evaluation
     print(json.dumps({"split": options.split, **evaluation.metrics()}, indent=1) if options.json else evaluation)
 
@@ -82,7 +80,6 @@ def report_command(
     options:argparse.Namespace, # model, data, split, output
 ):
     "Measure a model file and write the HTML report"
-    from grocery_nb.run_training import measure, report
     page = report(measure(options.model, options.data, options.split), options.output, options.split)
     print(f"Report: {page}")
 
@@ -95,7 +92,6 @@ def demo_command(
 ):
     "Data, training, evaluation, model and report, on Mini Grocery unless told otherwise"
     from grocery_nb.catalog import data_dir
-    from grocery_nb.run_training import measure, report, train
     from grocery_nb.synthetic import mini_dir
     model = check_output(options.output/"model.pth")
     print("1/3 Data (Mini Grocery is drawn once and kept)")
