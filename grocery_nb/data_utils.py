@@ -194,15 +194,20 @@ class EpochSampler(Sampler):
         seed:int=0, # Of the whole run
         shuffle:bool=True, # False keeps the order of the index
         pairs:bool=True, # False yields plain indices, for datasets that know no epochs
-    ): self.n, self.seed, self.shuffle, self.pairs, self.epoch = n, seed, shuffle, pairs, 0
+        shard:tuple=(0, 1), # (rank, number of processes): this process takes order[rank::processes]
+    ):
+        self.n, self.seed, self.shuffle, self.pairs, self.shard = n, seed, shuffle, pairs, shard
+        self.epoch, self.skip = 0, 0 # Which epoch comes next, and how many of its first indices are left out
 
     def set_epoch(self, epoch): self.epoch = epoch
 
-    def __len__(self): return self.n
+    def __len__(self): return len(range(self.n)[slice(self.shard[0], None, self.shard[1])])
 
     def __iter__(self):
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order = (perm(self.n, self.seed, epoch) if self.shuffle else np.arange(self.n)).tolist()
+        start, self.skip = self.skip, 0
+        order = perm(self.n, self.seed, epoch) if self.shuffle else np.arange(self.n)
+        order = order[self.shard[0]::self.shard[1]][start:].tolist()
         return zip(repeat(epoch), order) if self.pairs else iter(order)
 
 # %% ../nbs/02_data.ipynb #d4242279
@@ -455,12 +460,14 @@ def create_dataloader(
     shuffle:bool=False, # True for training
     seed:int=0, # Of the order
     num_workers:int=0, # Further processes; the batches do not depend on it
-) -> DataLoader: # Yields (images, labels); its `sampler` has `set_epoch`
+    shard:tuple=(0, 1), # (rank, processes), if several processes train together and each loads its part of a batch
+) -> DataLoader: # Yields (images, labels); its `sampler` has `set_epoch` and `skip`
     "Batches in an order that depends on seed and epoch only; `DataError` for a batch size or worker count that cannot work"
     if batch_size < 1: raise DataError(f"batch_size is {batch_size}; a batch needs at least 1 image")
     if num_workers < 0: raise DataError(f"num_workers is {num_workers}; use 0 for none, or how many processes shall help")
-    sampler = EpochSampler(len(dataset), seed, shuffle, pairs=getattr(dataset, "takes_epoch", False))
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
+    if batch_size % shard[1]: raise DataError(f"batch_size is {batch_size}, which {shard[1]} processes cannot share; make it a multiple of {shard[1]}")
+    sampler = EpochSampler(len(dataset), seed, shuffle, getattr(dataset, "takes_epoch", False), shard)
+    return DataLoader(dataset, batch_size//shard[1], sampler=sampler, num_workers=num_workers, collate_fn=collate,
                       persistent_workers=num_workers > 0, generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/02_data.ipynb #0d158d54
@@ -473,9 +480,11 @@ def get_loaders(
     num_workers:int=0, # Further processes
     augment:"bool|Augmentation"=True, # For the training photos
     progress:bool=False, # Show a bar while caches are built
+    shard:tuple=(0, 1), # (rank, processes); the training photos are shared among the processes
+    train_preprocessing:"Preprocessing|None"=None, # Of the training photos, if it is to be another
 ) -> "tuple[DataLoader, DataLoader]": # For training and for validation
     "The two loaders of a training; `DataError` if a split is not there or a photo cannot be used"
     train_csv, val_csv = (index_of(DATA_DIR if root is None else root, split) for split in ("train", "val"))
-    train = CachedDataset(train_csv, preprocessing, label, augment, seed, progress)
+    train = CachedDataset(train_csv, train_preprocessing or preprocessing, label, augment, seed, progress)
     val = CachedDataset(val_csv, preprocessing, label, progress=progress)
-    return create_dataloader(train, batch_size, True, seed, num_workers), create_dataloader(val, batch_size, False, seed, num_workers)
+    return create_dataloader(train, batch_size, True, seed, num_workers, shard), create_dataloader(val, batch_size, False, seed, num_workers)

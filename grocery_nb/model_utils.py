@@ -7,9 +7,9 @@ __all__ = ['DEVICE', 'LITE0_STAGES', 'OUTSIDE', 'INSIDE', 'BACKBONES', 'WEIGHTS'
            'check_count', 'replace_head', 'conv_bn', 'same_padding', 'InvertedResidual', 'lite0_blocks',
            'EfficientNetLite0', 'our_key', 'check_name', 'lite0_weights', 'mobilenet_weights', 'Backbone',
            'preprocessing_for', 'ModelConfig', 'as_config', 'set_momentum', 'assemble', 'build_model', 'create_model',
-           'split_head', 'plain', 'class_list', 'ModelCard', 'card_to_json', 'card_from_json', 'weights_bytes',
-           'make_card', 'card_path', 'waiting_path', 'waiting_card', 'write_pair', 'save_model', 'diagnose',
-           'parse_weights', 'read_card', 'read_pair', 'wanted_config', 'fill', 'load_model']
+           'split_head', 'plain', 'class_list', 'coarse_map', 'check_number', 'ModelCard', 'card_to_json',
+           'card_from_json', 'weights_bytes', 'make_card', 'card_path', 'waiting_path', 'waiting_card', 'write_pair',
+           'save_model', 'diagnose', 'parse_weights', 'read_card', 'read_pair', 'wanted_config', 'fill', 'load_model']
 
 # %% ../nbs/03_model.ipynb #3d44238f
 import difflib
@@ -335,8 +335,32 @@ def class_list(
     if len(names) != num_classes: raise ModelError(f"{len(names)} class names were given for a model of {num_classes} classes")
     return names
 
+# %% ../nbs/03_model.ipynb #175e486d
+def coarse_map(
+    coarse:"dict|None", # "classes": coarse names by id; "of": coarse id of each fine id
+    num_classes:int, # Fine classes
+) -> "dict|None": # The same, in JSON's types
+    "Check which fine class belongs to which coarse one; a map that does not fit the classes is a `ModelError`"
+    if coarse is None: return None
+    names, of = (plain(coarse.get(key), f"coarse[{key!r}]") if isinstance(coarse, Mapping) else None for key in ("classes", "of"))
+    if not isinstance(names, list) or not isinstance(of, list) or len(of) != num_classes or not set(of) <= set(range(len(names))):
+        raise ModelError(f"coarse is {str(coarse)[:80]}; give the coarse names as \"classes\", and as \"of\" one of their ids "
+                         f"for each of the {num_classes} classes")
+    return {"classes": [str(name) for name in names], "of": of}
+
+# %% ../nbs/03_model.ipynb #4031caca
+def check_number(
+    name:str, # The field, for the error
+    value:object, # What it holds
+    above:float, # It must be larger than this
+    up_to:float=math.inf, # And at most this, if that is finite
+):
+    "Raise a `ModelError` unless a value is a finite number of a range"
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and above < value <= up_to
+    if not good: raise ModelError(f"{name} is {value!r}, where a number {'above 0' if above >= 0 else 'from 0 to 1'} belongs")
+
 # %% ../nbs/03_model.ipynb #e8bfa199
-CARD_FORMAT = 1
+CARD_FORMAT = 2
 
 @dataclass
 class ModelCard:
@@ -345,6 +369,9 @@ class ModelCard:
     classes:"list|None"=None # Names in the order of their ids
     backbone:str="mobilenet_v3_small"
     label:"str|None"=None # "coarse" or "fine"
+    coarse:"dict|None"=None # Of a fine model: "classes", the coarse names, and "of", the coarse id of each fine id
+    temperature:float=1.0 # Logits are divided by it before the softmax, so that probabilities are honest
+    threshold:"float|None"=None # A probability below it means "unsure"
     preprocessing:dict=field(default_factory=dict) # size, resize, mean, std
     data:"str|None"=None # What it was trained on
     data_digest:"str|None"=None # Which contents that had
@@ -364,6 +391,9 @@ class ModelCard:
             value = plain(getattr(self, name), name)
             if not isinstance(value, kind): raise ModelError(f"{name} is {value!r}, where a {kind.__name__} belongs")
             setattr(self, name, value)
+        self.coarse = coarse_map(self.coarse, self.num_classes)
+        check_number("temperature", self.temperature, above=0)
+        if self.threshold is not None: check_number("threshold", self.threshold, above=-1e-9, up_to=1)
         if not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
             raise ModelError(f"sha256 is {self.sha256!r}, where the 64 hexadecimal digits of the weights belong")
 
@@ -471,7 +501,7 @@ def write_pair(
 def save_model(
     model:nn.Module, # From `create_model`, `build_model` or `load_model`
     path:"str|Path", # The file of weights, such as model.pth; its card stands beside it as model.json
-    **card, # Fields of `ModelCard`: classes, label, data, data_digest, metrics, history, preprocessing
+    **card, # Fields of `ModelCard`: classes, label, coarse, data, data_digest, metrics, history, temperature, threshold
 ) -> ModelCard: # The card that was written
     "Save the `state_dict` and its card; if that fails a `ModelError` says why, and one whole pair still stands there"
     path = Path(path)
@@ -545,7 +575,9 @@ def wanted_config(
     "Bring what was asked and what the card says together; a contradiction is a `ModelError`"
     if num_classes is not None: check_count(num_classes)
     if card is None:
-        if num_classes is None: raise ModelError(f"{path} has no card, so that its number of classes is not known; say num_classes")
+        if num_classes is None:
+            raise ModelError(f"{path} has no card {card_path(path).name} beside it, so that its number of classes is not known; "
+                             "copy the card there, too, or give load_model the num_classes")
         return ModelConfig(num_classes, backbone or "mobilenet_v3_small")
     if num_classes not in (None, card.num_classes):
         raise ModelError(f"{path} is a model of {card.num_classes} classes, and {num_classes} were asked for; "

@@ -149,7 +149,7 @@ BAD_CARDS = {
     "deep": (lambda text: "[" * 100_000, "is no JSON"),
     "a list": (lambda text: "[]", "no model card"),
     "some other JSON": (lambda text: '{"name": "frontend", "version": "1.0"}', "no model card"),
-    "a newer format": (change(format=2, shiny="new"), "upgrade grocery-nb"),
+    "a newer format": (change(format=3, shiny="new"), "upgrade grocery-nb"),
     "an unknown field": (change(bakbone="x"), "did you mean 'backbone'?"),
     "an unknown backbone": (change(backbone="resnet50"), "'resnet50' is not known"),
     "a text as count": (change(num_classes="7"), "num_classes is '7'"),
@@ -202,7 +202,7 @@ def test_bare_file_of_the_course(tmp_path, model):
     torch.save(model.state_dict(), bare)
     with pytest.warns(UserWarning, match="nothing but its shapes"): loaded = load_model(CLASSES, bare)
     assert loaded.card is None and not loaded.training and loaded.config == ModelConfig(CLASSES)
-    with pytest.raises(ModelError, match="say num_classes"): load_model(None, bare)
+    with pytest.raises(ModelError, match="give load_model the num_classes"): load_model(None, bare)
     torch.save(create_model(CLASSES, "efficientnet_lite0").state_dict(), bare)
     with pytest.warns(UserWarning, match="no card"): assert load_model(CLASSES, bare, "efficientnet_lite0").config.backbone == "efficientnet_lite0"
 
