@@ -1,15 +1,18 @@
 """Training across chapters: the real loaders and the real models under `train_utils`."""
+import contextlib
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from grocery_nb.checkpoint import CheckpointError, CheckpointFolder
 from grocery_nb.core import GroceryError
 from grocery_nb.data_utils import Preprocessing, get_loaders
-from grocery_nb.model_utils import create_model, load_model, save_model, split_head
-from grocery_nb.train_utils import (TrainError, evaluate_model, extract_features, feature_key, predict, read_features, train_model,
-                                    train_probe)
+from grocery_nb.model_utils import create_model, load_model, save_model
+from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, predict,
+                                    train_epoch, train_model)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,13 +61,30 @@ def test_same_seed_same_weights_whatever_the_workers(loaders, classes):
     assert weights(first) != weights(trained(loaders, classes, seed=1)[0])
 
 
-def test_history_and_hook(loaders, classes):
-    seen = []
+class StopAfterEpoch(Callback):
+    def on_epoch(self, training, record): raise KeyboardInterrupt
+
+
+class Recorder(Callback):
+    "Keeps all that it is told, and stops like Ctrl-C after so many steps"
+    def __init__(self, interrupt_at=0): self.interrupt_at, self.moments, self.steps, self.epochs = interrupt_at, [], [], []
+    def on_start(self, training): self.moments.append("start")
+    def on_end(self, training): self.moments.append("end")
+    def on_epoch(self, training, record): self.epochs.append(record)
+    def on_step(self, training, record):
+        self.steps.append(record)
+        if training.total_steps == self.interrupt_at: raise KeyboardInterrupt
+
+
+def test_history_and_callbacks(loaders, classes):
+    seen = Recorder()
     model, (train, val) = create_model(classes), loaders()
-    history = train_model(model, train, 2, 1e-3, val_loader=val, progress=False, on_epoch=seen.append)
-    assert seen == history and [r["epoch"] for r in history] == [1, 2]
-    assert all(list(r) == ["epoch", "loss", "accuracy", "val_accuracy", "seconds"] for r in history)
+    history = train_model(model, train, 2, 1e-3, val_loader=val, progress=False, callbacks=[seen])
+    assert seen.epochs == history and [r["epoch"] for r in history] == [1, 2] and seen.moments == ["start", "end"]
+    assert all(list(r) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds"] for r in history)
     assert all(math.isfinite(r["loss"]) and 0 <= r["accuracy"] <= 1 and r["seconds"] > 0 for r in history)
+    assert [(r["epoch"], r["step"]) for r in seen.steps] == [(e, s + 1) for e in (1, 2) for s in range(len(train))]
+    assert all(list(r) == ["epoch", "step", "loss", "accuracy", "lr", "gradient_norm"] for r in seen.steps)
     assert history[-1]["val_accuracy"] == evaluate_model(model, val)
     assert not any(m.training for m in model.modules())
     assert "val_accuracy" not in train_model(model, train, 1, 1e-3, progress=False)[0]
@@ -129,77 +149,18 @@ def test_channels_last_changes_the_layout_and_not_the_model(loaders, classes, tm
     assert np.allclose(predict(model, val)[0], predict(again, val)[0], atol=1e-4)
 
 
-def test_probe_is_the_plain_network(loaders, classes, tmp_path):
-    torch.manual_seed(0)
-    model, (train, val) = create_model(classes), loaders(augment=False)
-    body, head = split_head(model)
-    frozen, old_head, ran = weights(body), weights(head), []
-    def after_epoch(record): ran.append(evaluate_model(model, val) == record["val_accuracy"])
-    history = train_probe(model, train, val, epochs=5, cache=tmp_path, key="tiny coarse", progress=False, on_epoch=after_epoch)
-    assert ran == [True]*5 and weights(body) == frozen and weights(head) != old_head and not model.training
-    assert [r["epoch"] for r in history] == [1, 2, 3, 4, 5]
-    features, labels = extract_features(body, val)
-    with torch.inference_mode(): on_features = head(features).numpy()
-    whole, whole_labels = predict(model, val)
-    assert np.abs(on_features - whole).max() < 1e-4 and np.array_equal(labels.numpy(), whole_labels)
-    save_model(model, tmp_path/"model.pth")
-    assert np.abs(predict(load_model(classes, tmp_path/"model.pth"), val)[0] - whole).max() < 1e-4
-
-
-def test_probe_does_not_depend_on_the_cache(loaders, classes, tmp_path):
-    def probe(**cached):
-        torch.manual_seed(0)
-        model = create_model(classes)
-        train_probe(model, *loaders(augment=False, seed=cached.pop("order", 0)), epochs=2, progress=False, **cached)
-        return weights(model)
-    plain = probe()
-    assert plain == probe(cache=tmp_path, key="tiny") == probe(cache=tmp_path, key="tiny")
-    assert plain == probe(cache=tmp_path, key="tiny", order=7)  # the loader's own shuffling plays no part
-    assert len(list(tmp_path.glob("*.npz"))) == 2 and not list(tmp_path.glob(".*"))
-
-
-def test_stale_features_are_refused(loaders, classes, tmp_path):
-    body, _ = split_head(create_model(classes))
-    val, cache = loaders()[1], tmp_path/"features.npz"
-    old, _ = extract_features(body, val, cache, key="tiny")
-    with torch.no_grad(): next(body.parameters()).mul_(1.01)
-    new, _ = extract_features(body, val, cache, key="tiny")
-    assert not torch.equal(old, new) and torch.equal(new, extract_features(body, val)[0])
-
-
-def test_a_forgotten_key_does_not_give_the_wrong_labels(loaders, classes, tmp_path):
-    body, _ = split_head(create_model(classes))
-    coarse, fine = loaders()[1], loaders(label="fine")[1]
-    extract_features(body, coarse, tmp_path/"features.npz", key="the same")
-    labels = extract_features(body, fine, tmp_path/"features.npz", key="the same")[1]
-    assert np.array_equal(labels.numpy(), fine.dataset.labels)
-
-
-def test_a_damaged_cache_is_computed_again(tmp_path):
-    torch.manual_seed(0)
-    body, loader = nn.Linear(4, 3), DataLoader(TensorDataset(torch.randn(9, 4), torch.arange(9)), 4)
-    cache, digest = tmp_path/"features.npz", feature_key(body, "few")
-    features, labels = extract_features(body, loader, cache, key="few")
-    whole, random = cache.read_bytes(), np.random.default_rng(0)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
-        cache.write_bytes(damaged)
-        read = read_features(cache, digest)
-        assert read is None or torch.equal(read[0], features) and torch.equal(read[1], labels)
-    for content in b"", whole[:100], whole[:-30], b"\x80\x04not an archive":
-        cache.write_bytes(content)
-        assert read_features(cache, digest) is None
-        assert torch.equal(extract_features(body, loader, cache, key="few")[0], features)
-        assert cache.read_bytes() == whole
-
-
 @pytest.mark.parametrize("change, says", [
     (dict(epochs=0), "epochs is 0"), (dict(lr=0.0), "lr is 0.0"), (dict(lr=math.nan), "lr is nan"), (dict(lr=-1.0), "lr is -1.0"),
     (dict(weight_decay=-0.1), "weight_decay is -0.1"), (dict(dataloader=[]), "no batch in epoch 1"),
+    (dict(schedule="linear"), "schedule is 'linear'"), (dict(precision="int8"), "precision is 'int8'"), (dict(body_lr=0), "body_lr is 0"),
+    (dict(warmup=1.0), "warmup is 1.0"), (dict(accumulate=0), "accumulate is 0"), (dict(clip=math.inf), "clip is inf"),
+    (dict(label_smoothing=1), "label_smoothing is 1"), (dict(ema=math.nan), "ema is nan"), (dict(patience=-1), "patience is -1"),
+    (dict(patience=2), "patience is 2 without a val_loader"), (dict(class_weights=(1, 0)), r"class_weights is \(1, 0\)"),
+    (dict(class_weights=(1, 2, 3)), "has 3 numbers and the model 2 outputs"), (dict(class_weights=(1,)), "Label 1 has no weight"),
+    (dict(dataloader=(b for b in ()), warmup=0.1), "does not know its length"),
     (dict(dataloader=[(torch.zeros(2, 5), torch.tensor([0, 2]))]), "Label 2 has no output: the model has 2"),
     (dict(dataloader=[(torch.zeros(2, 5), torch.tensor([0, -100]))]), "Label -100 has no output"),
-    (dict(dataloader=[(torch.full((2, 5), math.nan), torch.tensor([0, 1]))]), "epoch 1, batch 1 because the batch itself"),
+    (dict(dataloader=[(torch.full((2, 5), math.nan), torch.tensor([0, 1]))]), "epoch 1, step 1 because the batch itself"),
     (dict(model=nn.Linear(5, 2).requires_grad_(False)), "is frozen"),
 ])
 def test_errors_are_one_sentence(change, says):
@@ -212,7 +173,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched():
     torch.manual_seed(0)
     model, x = nn.Linear(5, 2), torch.randn(8, 5)
     good, bad = (x, torch.zeros(8, dtype=torch.int64)), (x*torch.inf, torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(TrainError, match="epoch 1, batch 2"): train_model(model, [good, bad], 1, 1e-2, progress=False)
+    with pytest.raises(TrainError, match="epoch 1, step 2"): train_model(model, [good, bad], 1, 1e-2, progress=False)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     with pytest.raises(TrainError, match="with lr=1e.30; start again with a lower learning rate, such as 1e.29"):
         train_model(nn.Linear(5, 2), [good, (x*1e20, 1 - good[1])] * 4, 1, 1e30, progress=False)
@@ -221,21 +182,265 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched():
 def test_interrupt_keeps_the_weights():
     class Interrupted(list):
         def __iter__(self):
-            yield from list.__iter__(self)
+            yield self[0]
             raise KeyboardInterrupt
     model = nn.Sequential(nn.Linear(5, 2), nn.Dropout())
     before = weights(model)
     with pytest.raises(KeyboardInterrupt):
-        train_model(model, Interrupted([(torch.randn(4, 5), torch.tensor([0, 1, 0, 1]))]), 3, 0.1, progress=False)
+        train_model(model, Interrupted([(torch.randn(4, 5), torch.tensor([0, 1, 0, 1]))]*2), 3, 0.1, progress=False)
     assert weights(model) != before and not model.training
 
 
-@pytest.mark.slow
-def test_probe_on_the_real_photos(photos):
-    from grocery_nb.model_utils import preprocessing_for
+def test_a_gradient_that_is_no_number_stops_before_the_weights_are_touched():
+    class Root(nn.Module):  # the root has an endless slope at 0, and a finite value
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+        def forward(self, x): return x[:, :2] + self.weight.sqrt()
+    model = Root()
+    with pytest.raises(TrainError, match="gradient's norm is .* in epoch 1, step 1"):
+        train_model(model, [(torch.zeros(2, 2), torch.tensor([0, 1]))], 1, 0.1, progress=False)
+    assert (model.weight == 0).all()
+
+
+def no_batchnorm(classes=4) -> nn.Module:
     torch.manual_seed(0)
-    loaders = get_loaders(root=photos, preprocessing=Preprocessing(**preprocessing_for("efficientnet_lite0")), augment=False)
-    model = create_model(43, "efficientnet_lite0", weights="imagenet")
-    history = train_probe(model, *loaders, progress=False)
-    assert history[-1]["val_accuracy"] >= 0.81
-    assert evaluate_model(model, loaders[1]) == pytest.approx(history[-1]["val_accuracy"], abs=0.004)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+def coloured(n=50, seed=0) -> TensorDataset:
+    random = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 3, 8, 8, generator=random), torch.randint(0, 4, (n,), generator=random))
+
+
+@pytest.mark.parametrize("recipe", [{}, dict(class_weights=(1, 2, 3, 4), label_smoothing=0.1), dict(clip=0.1, ema=0.9, weight_decay=0.1)])
+def test_accumulation_is_the_large_batch(recipe):
+    "Also at the end of an epoch, where 50 = 6*8 + 2 leaves a short batch in a short group"
+    def run(batch, accumulate):
+        model = no_batchnorm()
+        history = train_model(model, DataLoader(coloured(), batch), 3, 1e-2, progress=False, accumulate=accumulate, **recipe)
+        return model, history
+    (large, large_history), (small, small_history) = run(32, 1), run(8, 4)
+    for name, tensor in large.state_dict().items(): assert torch.allclose(tensor, small.state_dict()[name], atol=2e-5), name
+    for one, other in zip(large_history, small_history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["accuracy"] == other["accuracy"]
+
+
+def test_the_defaults_are_the_nine_lines():
+    train, model = DataLoader(coloured(), 8, shuffle=True), no_batchnorm()
+    torch.manual_seed(1)
+    train_model(model, train, 2, 1e-2, progress=False, channels_last=False)
+    naive = no_batchnorm()
+    optimizer, criterion = torch.optim.Adam(naive.parameters(), lr=1e-2), nn.CrossEntropyLoss()
+    torch.manual_seed(1)
+    for _ in range(2):
+        for images, labels in train:
+            optimizer.zero_grad()
+            criterion(naive(images), labels).backward()
+            optimizer.step()
+    for one, other in zip(model.parameters(), naive.parameters(), strict=True): assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule, ends", [("constant", (1, 1)), ("cosine", (1, 0.02)), ("onecycle", (0.04, 0.05))])
+def test_schedules_move_once_a_step_and_reach_their_end(schedule, ends):
+    seen = Recorder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_model(no_batchnorm(), DataLoader(coloured(), 8), 3, 1e-2, progress=False, schedule=schedule, callbacks=[seen])
+    rates = [r["lr"]/1e-2 for r in seen.steps]
+    assert len(rates) == 21 and rates[0] == pytest.approx(ends[0], abs=0.01) and rates[-1] <= ends[1] + 1e-9 and max(rates) <= 1 + 1e-9
+
+
+def test_a_float16_overflow_makes_no_step_and_is_logged_as_null(tmp_path):
+    class Explodes(nn.Linear):
+        def forward(self, x): return super().forward(x)*1e4
+    torch.manual_seed(0)
+    model, log, seen = Explodes(5, 2), JsonLog(tmp_path/"log.jsonl"), Recorder()
+    loader = DataLoader(TensorDataset(torch.randn(32, 5), torch.randint(0, 2, (32,))), 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_model(model, loader, 1, 1e-3, progress=False, precision="float16", schedule="cosine", callbacks=[log, seen])
+    bad = [r for r in seen.steps if not math.isfinite(r["gradient_norm"])]
+    assert bad and all(torch.isfinite(p).all() for p in model.parameters())
+    after = next(r for r in seen.steps if r["step"] == bad[0]["step"] + 1)
+    assert after["lr"] == bad[0]["lr"]  # the schedule waited
+    assert "NaN" not in log.path.read_text() and "Infinity" not in log.path.read_text()
+    assert [line["gradient_norm"] is None for line in log.lines() if "step" in line] == [r in bad for r in seen.steps]
+
+
+def test_early_stopping_gives_back_the_best_weights():
+    class Scripted(Callback):  # weights that tell their epoch
+        def on_step(self, training, record): nn.init.constant_(training.model.bias, float(training.epoch))
+    model, x = nn.Linear(1, 2), torch.zeros(4, 1)
+    nn.init.zeros_(model.weight)
+    val = DataLoader(TensorDataset(x, torch.tensor([0, 0, 0, 1])), 4)
+    history = train_model(model, [(x, torch.tensor([0, 1, 0, 1]))], 20, 1e-12, val, progress=False, patience=3, callbacks=[Scripted()])
+    assert len(history) == 4 and (model.bias == 0).all()  # equal outputs in each epoch: the first was the best
+
+
+def test_early_stopping_with_an_average_keeps_the_averaged_weights():
+    class Last(Callback):
+        def on_epoch(self, training, record): self.averaged = {k: v.clone() for k, v in training.averaged.state_dict().items()}
+    seen, model, val = Last(), no_batchnorm(), DataLoader(coloured(20, seed=1), 8)
+    history = train_model(model, DataLoader(coloured(), 8), 1, 1e-2, val, progress=False, patience=1, ema=0.9, callbacks=[seen])
+    assert all(torch.equal(tensor, seen.averaged[name]) for name, tensor in model.state_dict().items())
+    assert history[-1]["val_accuracy"] == evaluate_model(model, val)
+
+
+def test_fastest_precision_changes_nothing(loaders, classes):
+    model, (images, labels) = create_model(classes).eval(), next(iter(loaders()[0]))
+    before, state = weights(model), torch.get_rng_state()
+    seconds = fastest_precision(model, images[:4], labels[:4], repeats=1)
+    assert set(seconds) == {"float32", "bfloat16", "float16"} and list(seconds.values()) == sorted(seconds.values())
+    assert weights(model) == before and torch.equal(torch.get_rng_state(), state) and not model.training
+
+
+def test_unknown_lengths():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(coloured(20))
+    assert len(train_model(no_batchnorm(), DataLoader(Stream(), 8), 2, 1e-2, progress=False, accumulate=2)) == 2
+
+
+# Stopped and resumed: the same weights, history and log as if nothing had happened
+
+EVERYTHING = dict(schedule="onecycle", warmup=0.2, accumulate=2, clip=1.0, label_smoothing=0.1, ema=0.9, weight_decay=0.05, body_lr=0.3)
+
+
+def with_state() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 4))
+
+
+def plain(): return DataLoader(coloured(), 8, shuffle=True)
+def own_generator(): return DataLoader(coloured(), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+def weighted():
+    sampler = torch.utils.data.WeightedRandomSampler(torch.arange(1., 51), 50, generator=torch.Generator().manual_seed(4))
+    return DataLoader(coloured(), 8, sampler=sampler)
+def skipping():
+    from grocery_nb.data_utils import create_dataloader
+    return create_dataloader(coloured(), 8, shuffle=True, seed=5)
+def endless():  # of unknown length
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            data = coloured()
+            return (data[i] for i in torch.randperm(50).tolist())
+    return DataLoader(Stream(), 8)
+
+
+def without_seconds(records): return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def interrupted_everywhere(folder, loader, interrupts, val=True, **options):
+    "Train once in one go, and once interrupted at each of some steps; everything must be equal"
+    def go(at=0, **more):
+        model = with_state()
+        torch.manual_seed(5)
+        val_loader = DataLoader(coloured(20, seed=1), 8) if val else None
+        with contextlib.suppress(KeyboardInterrupt):
+            history = train_model(model, loader(), 3, 1e-2, val_loader, progress=False, callbacks=[log, Recorder(at)], **options, **more)
+            return model, history
+    log = JsonLog(folder/"whole.jsonl")
+    model, history = go()
+    whole_log = without_seconds(log.lines())
+    log = JsonLog(folder/"log.jsonl")
+    for at in interrupts:
+        assert go(at, checkpoints=folder/"run", resume=True) is None, at
+        torch.rand(3), np.random.rand(), torch.manual_seed(99)  # whatever the next process does first
+    again, again_history = go(checkpoints=folder/"run", resume=True)
+    assert weights(again) == weights(model)
+    assert without_seconds(again_history) == without_seconds(history)
+    assert without_seconds(log.lines()) == whole_log
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_resume_is_exact(tmp_path, precision, patience):
+    "Every step of two epochs and a bit, with a checkpoint a step, and each a new process as far as generators go"
+    interrupted_everywhere(tmp_path, plain, range(1, 11), every=1, precision=precision, patience=patience, **EVERYTHING)
+
+
+@pytest.mark.parametrize("loader", [own_generator, weighted, skipping])
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_resume_is_exact_with_every_loader(tmp_path, loader, every):
+    interrupts = range(1, 11) if every == 1 else (7, 12) if every == 3 else (6, 11)
+    interrupted_everywhere(tmp_path, loader, interrupts, every=every, val=False, **EVERYTHING)
+
+
+def test_resume_is_exact_without_a_length(tmp_path):
+    interrupted_everywhere(tmp_path, endless, range(2, 12, 3), every=1, ema=0.9, clip=1.0, accumulate=2)
+
+
+def test_resume_with_another_number_of_workers(loaders, classes, tmp_path):
+    def go(at=0, workers=0, **more):
+        torch.manual_seed(0)
+        model, (train, val) = create_model(classes), loaders(num_workers=workers)
+        try: train_model(model, train, 2, 1e-3, val, progress=False, checkpoints=tmp_path/"run", every=1, callbacks=[Recorder(at)], **more)
+        except KeyboardInterrupt: return None
+        return weights(model)
+    expected = go()
+    assert go(at=2) is None
+    assert go(workers=2, resume=True) == expected
+
+
+def test_a_finished_training_is_read_and_not_repeated(tmp_path):
+    options = dict(progress=False, checkpoints=tmp_path, ema=0.9)
+    first, second = with_state(), no_batchnorm()
+    history, seen = train_model(first, plain(), 2, 1e-2, **options), Recorder()
+    second = with_state()
+    assert train_model(second, plain(), 2, 1e-2, resume=True, callbacks=[seen], **options) == history
+    assert weights(first) == weights(second) and not seen.steps
+    train_model(second, plain(), 1, 1e-2, **options)  # a finished one may be written over
+    assert CheckpointFolder(tmp_path).newest()[1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(lr=2e-2), "learning rate was 0.01"), (dict(epochs=5), "epochs was 3"), (dict(ema=0.5), "ema was 0.9"),
+    (dict(identity={"data": "b"}), "data was 'a'"), (dict(dataloader=DataLoader(coloured(), 16)), "steps an epoch was 7"),
+    (dict(dataloader=DataLoader(coloured(), 8)), "sampler was 'RandomSampler'"),
+    (dict(model=nn.Sequential(nn.Flatten(), nn.Linear(192, 4))), "parameters was"),
+])
+def test_resume_refuses_what_is_not_the_same(tmp_path, change, says):
+    good = dict(dataloader=plain(), epochs=3, lr=1e-2, progress=False, checkpoints=tmp_path, ema=0.9, identity={"data": "a"}, every=1)
+    with pytest.raises(KeyboardInterrupt): train_model(with_state(), **good, callbacks=[Recorder(2)])
+    changed = {"model": with_state(), **good, **change}
+    before = weights(changed["model"])
+    with pytest.raises(CheckpointError, match=says) as error: train_model(**changed, resume=True)
+    assert isinstance(error.value, GroceryError) and "\n" not in str(error.value) and weights(changed["model"]) == before
+
+
+def test_an_unfinished_training_is_not_written_over(tmp_path):
+    options = dict(epochs=2, lr=1e-2, progress=False, checkpoints=tmp_path, every=1)
+    with pytest.raises(KeyboardInterrupt): train_model(with_state(), plain(), callbacks=[Recorder(3)], **options)
+    files = sorted(path.name for path in tmp_path.glob("*.pt"))
+    with pytest.raises(TrainError, match=r"not finished \(epoch 1, step 2\); go on with it by resume=True"):
+        train_model(with_state(), plain(), **options)
+    assert files == sorted(path.name for path in tmp_path.glob("*.pt"))
+
+
+def test_without_validation_no_checkpoint_is_called_the_best(tmp_path):
+    train_model(with_state(), plain(), 2, 1e-2, progress=False, checkpoints=tmp_path)
+    assert not list(tmp_path.glob("best*")) and list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
+    log, options = JsonLog(tmp_path/"log.jsonl"), dict(epochs=2, lr=1e-2, progress=False, checkpoints=tmp_path/"run", every=1)
+    with pytest.raises(KeyboardInterrupt): train_model(with_state(), plain(), callbacks=[log, Recorder(3)], **options)
+    with open(log.path, "a") as file: file.write('{"epoch": 1, "st')
+    train_model(with_state(), plain(), callbacks=[log], resume=True, **options)
+    assert [line["step"] for line in log.lines() if "step" in line] == [1, 2, 3, 4, 5, 6, 7]*2
+
+
+def test_a_resume_at_the_end_of_an_epoch_needs_no_bar(tmp_path, capfd):
+    "Only a loader without a length has a checkpoint after the last step of an epoch and before its evaluation"
+    options = dict(epochs=2, lr=1e-2, checkpoints=tmp_path, every=1)
+    with pytest.raises(KeyboardInterrupt): train_model(with_state(), endless(), callbacks=[StopAfterEpoch()], **options)
+    capfd.readouterr()
+    assert len(train_model(with_state(), endless(), resume=True, **options)) == 2
+    assert "epoch 2/2" in capfd.readouterr().err
+
+
+def test_an_epoch_by_hand():
+    training = Training(no_batchnorm(), DataLoader(coloured(), 8), 1, 1e-2, recipe=Recipe(accumulate=3))
+    train_epoch(training)
+    assert training.step == training.steps == training.total_steps == 3 and training.totals[3] == 50
