@@ -1,23 +1,16 @@
-"The evaluation chapter against scikit-learn, the literature, and a real browser."
-import base64
-import io
+"The evaluation chapter against scikit-learn, SciPy, the literature, and simulations whose truth is known."
 import json
+import math
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from scipy.special import logsumexp
+from scipy.stats import bootstrap
 from sklearn import metrics as sk
 
 from grocery_nb import evaluation as ev
 from grocery_nb.core import GroceryError
-
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-SECTIONS = {"curves", "confusion", "classes", "errors", "next"}
-HOSTILE = "<script>document.title='owned'</script>\"' onload=x {{ 7*7 }} <img src=http://example.org/x.png>"
 
 
 def random_case(seed: int, classes: int = 12, photos: int = 200, absent: int = 3):
@@ -27,11 +20,6 @@ def random_case(seed: int, classes: int = 12, photos: int = 200, absent: int = 3
     logits = rng.normal(size=(photos, classes)) + 1.5 * np.eye(classes)[labels]
     logits[:, 1] -= 100
     return logits, labels
-
-
-def history(epochs: int) -> list:
-    return [dict(epoch=i, loss=2 / i, accuracy=1 - 1 / (i + 1), val_loss=2.2 / i, val_accuracy=1 - 1.2 / (i + 1), seconds=1.0)
-            for i in range(1, epochs + 1)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -123,96 +111,313 @@ def test_few_classes_and_few_photos():
     assert e.confusions == () and json.dumps(e.metrics(), allow_nan=False)
 
 
-def test_thumbnails_are_upright_small_and_anonymous():
-    photo = Image.new("RGB", (800, 400), "red")
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "Maker of the phone"
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", exif=exif)
-    uri = ev.thumbnail(Image.open(buffer))
-    again = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-    assert again.size == (112, 224) and not again.getexif()
-    for mode in ("L", "P", "RGBA", "CMYK", "I;16"): assert ev.thumbnail(Image.new(mode, (10, 10))).startswith("data:image/jpeg")
+def stretched(photos: int, seed: int, stretch: float = 1.0, classes: int = 15):
+    "Logits whose true temperature is `stretch`, and labels drawn from the honest probabilities"
+    rng = np.random.default_rng(seed)
+    honest = 4 * rng.normal(size=(photos, classes))
+    shares = np.exp(honest - logsumexp(honest, axis=1, keepdims=True))
+    return stretch * honest, (shares.cumsum(axis=1) > rng.random((photos, 1))).argmax(axis=1)
 
 
-def hostile_report(folder: Path) -> Path:
-    logits, labels = random_case(2, classes=4, photos=60, absent=1)
-    names = [HOSTILE, "plain", "</style></table>", "never seen"]
-    errors = ev.gallery(logits, labels, names, lambda row: Image.new("RGB", (32, 32), "green"), [HOSTILE] * 60, limit=3)
-    return ev.write_report(folder / "hostile.html", ev.evaluate_logits(logits, labels, names), history(3), errors,
-                           title=HOSTILE, facts={HOSTILE: HOSTILE}, advice=[HOSTILE])
+# Intervals
+
+def test_bootstrap_equals_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=80), rng.normal(size=80)
+    b += a
+    def correlation(x, y): return np.corrcoef(x, y)[0, 1]
+    theirs = bootstrap((a, b), correlation, paired=True, vectorized=False, method="percentile", n_resamples=3000, random_state=0)
+    np.testing.assert_allclose(ev.bootstrap_interval(correlation, a, b, resamples=3000), theirs.confidence_interval, atol=0.015)
+    wide, narrow = (ev.bootstrap_interval(np.median, a, confidence=c) for c in (0.99, 0.5))
+    assert wide[0] < narrow[0] < np.median(a) < narrow[1] < wide[1]
+    three, again, four = (ev.bootstrap_interval(np.mean, a, seed=seed) for seed in (3, 3, 4))
+    assert three == again != four
 
 
-def test_hostile_names_are_text(tmp_path):
-    page = hostile_report(tmp_path).read_text(encoding="utf-8")
-    assert "<script" not in page and not re.findall(r'<img (?!src="data:image/jpeg;base64,)', page)
-    assert page.count("</style>") == page.count("<style>") == 1 and "{{ 7*7 }}" in page and " 49 " not in page
+def test_bootstrap_keeps_its_promise():
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        low, high = ev.bootstrap_interval(np.mean, rng.exponential(size=150), resamples=300)
+        held += low <= 1 <= high
+    assert 0.90 <= held / 200 <= 0.98
 
 
-def test_old_report_stays_when_a_new_one_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("p", [0.8, 0.97, 0.995, 1.0])
+def test_shares_keep_their_promise(p):
+    right = np.random.default_rng(0).random((100, 300)) < p
+    held = [low <= p <= high for low, high in (ev.share_interval(row) for row in right)]
+    assert np.mean(held) >= 0.9
+
+
+def test_share_interval_is_wilson_where_the_bootstrap_lies():
+    for hits in (0, 3, 97, 100): assert ev.share_interval(np.arange(100) < hits) == ev.wilson_interval(hits, 100)
+    low, high = ev.share_interval(np.arange(100) < 80)
+    assert (low, high) != ev.wilson_interval(80, 100) and abs(low - 0.72) < 0.015 and abs(high - 0.88) < 0.015
+
+
+def test_macro_of_cells_equals_scikit_learn():
+    logits, labels = random_case(4)
+    rows = np.random.default_rng(1).integers(0, 200, size=(5, 200))
+    answers = logits.argmax(axis=1)
+    true, said = (part.ravel() for part in np.indices((12, 12)))
+    cells = np.array([np.bincount(labels[r] * 12 + answers[r], minlength=144) for r in rows])
+    for r, (recall, f1) in zip(rows, ev.macro_of_cells(cells, true, said, 12)):
+        present = np.unique(labels[r])
+        assert abs(recall - sk.recall_score(labels[r], answers[r], labels=present, average="macro")) < 1e-12
+        assert abs(f1 - sk.f1_score(labels[r], answers[r], labels=present, average="macro")) < 1e-12
+
+
+def test_macro_intervals_equal_the_slow_way_and_hold_the_estimate():
+    logits, labels = random_case(5, absent=2)
+    e, answers = ev.evaluate_logits(logits, labels), logits.argmax(axis=1)
+    def slow(name): return lambda y, a: getattr(sk, name)(y, a, labels=np.unique(y), average="macro", zero_division=0)
+    recall = ev.bootstrap_interval(slow("recall_score"), labels, answers, resamples=300)
+    np.testing.assert_allclose(recall, e.macro_recall_interval, atol=0.02)
+    assert e.macro_recall_interval[0] < e.macro_recall < e.macro_recall_interval[1]
+    perfect = ev.evaluate_logits(np.eye(3)[[0, 0, 0, 0, 1, 2]], [0, 0, 0, 0, 1, 2])
+    assert perfect.macro_f1_interval == ev.wilson_interval(4.0, 4.0) == perfect.macro_recall_interval  # 9 / (1/4 + 1 + 1) = 4 photos
+    assert perfect.top1_interval == ev.wilson_interval(6, 6)
+
+
+def test_a_large_evaluation_is_made_at_once():
+    logits, labels = stretched(3000, 0, classes=81)
+    first, again = ev.evaluate_logits(logits, labels), ev.evaluate_logits(logits, labels)
+    assert first.metrics() == again.metrics() and json.dumps(first.metrics(), allow_nan=False)
+
+
+# Fine within coarse
+
+@pytest.mark.parametrize("seed", range(3))
+def test_coarse_equals_sums_of_probabilities(seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = random_case(seed, absent=0)
+    table = np.concatenate([np.arange(5), rng.integers(0, 5, size=7)])
+    shares = np.exp(logits - logsumexp(logits, axis=1, keepdims=True))
+    sums = np.stack([shares[:, table == k].sum(axis=1) for k in range(5)], axis=1)
+    np.testing.assert_allclose(np.exp(ev.coarse_logits(logits, table)), sums, rtol=1e-12)
+    np.testing.assert_array_equal(ev.coarse_logits(logits, table), ev.coarse_logits(logits, dict(enumerate(table.tolist()))))
+    h, fine, by_sums = ev.evaluate_hierarchy(logits, labels, table), logits.argmax(axis=1), sums.argmax(axis=1)
+    assert h.fine.top1 == np.mean(fine == labels) and h.coarse.top1 == np.mean(by_sums == table[labels])
+    agree = by_sums == table[fine]
+    assert h.agreement == agree.mean() and h.agree_accuracy == np.mean(by_sums[agree] == table[labels][agree])
+    assert h.disagree_accuracy == np.mean(by_sums[~agree] == table[labels][~agree])
+    assert h.within + h.across == np.sum(fine != labels) and h.across == np.sum(table[fine] != table[labels])
+    assert json.dumps(h.metrics(), allow_nan=False) and f"{h.within} " in str(h)
+
+
+def test_one_fine_class_a_coarse_class_changes_nothing():
     logits, labels = random_case(3)
-    e = ev.evaluate_logits(logits, labels)
-    path = ev.write_report(tmp_path / "report.html", e, title="The old one")
-    before = path.read_bytes()
-    with pytest.raises(TypeError): ev.write_report(path, e, errors=[ev.Mistake(object(), "a", "b", 0.5)])
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
-    with pytest.raises(OSError, match="disk is full"): ev.write_report(path, e, title="The new one")
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    h = ev.evaluate_hierarchy(logits, labels, range(12))
+    assert h.agreement == 1 and h.coarse.top1 == h.fine.top1 == h.by_fine_answer and h.within == 0
+    assert np.isnan(h.disagree_accuracy) and h.metrics()["disagree_accuracy"] is None and "nan" not in str(h)
+    far = ev.coarse_logits([[0., -5000., -5000., -np.inf]], [0, 1, 1, 2])
+    np.testing.assert_allclose(far, [[0, -5000 + np.log(2), -np.inf]])
 
 
-def test_curves_take_what_there_is():
-    assert ev.learning_curves([]) == ev.learning_curves([{"epoch": 1}]) == []
-    broken = [dict(epoch=1, loss=float("nan")), dict(epoch=2, loss=float("inf")), dict(epoch=3, loss=None)]
-    assert ev.learning_curves(broken) == []
-    for value in (0.0, 1.0, 1e-9, 5e6):
-        for one in ev.learning_curves([dict(epoch=1, loss=value, val_accuracy=min(value, 1))]):
-            places = [y for y, _ in one["y"]]
-            assert min(places) <= one["lines"][0]["points"][0][1] <= max(places)
-    long = ev.learning_curves(history(300))
-    assert len(long) == 2 and all(2 <= len(one["x"]) <= 8 and 2 <= len(one["y"]) <= 8 for one in long)
+# Calibration
+
+def ece_by_hand(shares, labels, bins=15):
+    "The definition, photo by photo"
+    sure, right = shares.max(axis=1), shares.argmax(axis=1) == labels
+    total = 0.0
+    for k in range(bins):
+        inside = (sure > k / bins) & (sure <= (k + 1) / bins)
+        if inside.any(): total += inside.mean() * abs(right[inside].mean() - sure[inside].mean())
+    return total
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    "Open a page in headless Chromium: its document after loading, and everything the browser had to say"
-    if not CHROMIUM: pytest.skip("no Chromium: apt-get install chromium to enable this test")
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
-
-    def look(page: Path):
-        profile = tmp_path_factory.mktemp("profile")
-        log = profile / "net.json"
-        done = subprocess.run([CHROMIUM, *quiet, f"--user-data-dir={profile}", f"--log-net-log={log}", "--dump-dom", page.as_uri()],
-                              capture_output=True, text=True, encoding="utf-8", timeout=60)
-        started = re.findall(r'"url":"((?:https?|wss?|ftp):[^"]+)"', log.read_text(encoding="utf-8"))
-        urls = {url for url in started if not re.search(r"//[^/]*(google|gvt\d|chromium|gstatic)[^/]*/", url)}  # its own errands
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line], urls
-    return look
+@pytest.mark.parametrize("stretch", [0.6, 1.0, 2.0])
+def test_calibration_by_another_road(stretch):
+    logits, labels = stretched(500, 1, stretch)
+    shares = ev.softmax(logits)
+    assert abs(ev.expected_calibration_error(shares, labels) - ece_by_hand(shares, labels)) < 1e-12
+    assert abs(ev.nll(logits, labels) - sk.log_loss(labels, shares, labels=range(15))) < 1e-9
+    bins = ev.reliability(shares, labels)
+    assert sum(b.count for b in bins) == 500 and len(bins) == 15 and (bins[0].low, bins[-1].high) == (0, 1)
+    assert abs(sum(b.count * abs(b.accuracy - b.confidence) for b in bins if b.count) / 500 - ece_by_hand(shares, labels)) < 1e-12
+    assert all(b.low < b.confidence <= b.high and b.interval[0] <= b.accuracy <= b.interval[1] for b in bins if b.count)
+    mass = [b.count for b in ev.reliability(shares, labels, bins=10, equal_mass=True)]
+    assert sum(mass) == 500 and max(mass) - min(mass) <= 2
 
 
-@pytest.mark.parametrize("classes, epochs, pictures", [(20, 40, 6), (43, 1, 0), (4, 0, 0)])
-def test_report_in_a_browser(tmp_path, browser, classes, epochs, pictures):
-    logits, labels = random_case(classes, classes=classes, photos=12 * classes, absent=1)
-    names = [f"Kind {i}" for i in range(classes)]
-    errors = ev.gallery(logits, labels, names, lambda row: np.full((40, 60, 3), row % 256, np.uint8), limit=pictures)
-    path = ev.write_report(tmp_path / "report.html", ev.evaluate_logits(logits, labels, names), history(epochs), errors,
-                           title="Seen by a browser", facts={"Model": "none"}, advice=["Eat the fruit"])
-    document, console, urls = browser(path)
-    assert console == [] and urls == set()
-    assert set(re.findall(r'<section id="(\w+)"', document)) == (SECTIONS if epochs else SECTIONS - {"curves"})
-    assert document.count("<img ") == pictures == len(re.findall(r'<img [^>]*alt="Kind \d+, taken for Kind \d+', document))
-    assert len(re.findall(r'<th scope="row"', document)) >= 2 * (classes - 1) and "Eat the fruit" in document
-    assert not re.findall(r'(?:src|href)="(?!data:)', document) and "@import" not in document and "url(" not in document
+def test_equal_confidences_share_a_bin():
+    shares, labels = np.tile([0.75, 0.25], (50, 1)), np.zeros(50, int)
+    assert [b.count for b in ev.reliability(shares, labels, bins=4)] == [0, 0, 50, 0]
+    assert [b.count for b in ev.reliability(shares, labels, bins=5, equal_mass=True) if b.count] == [50]
+    certain = np.tile([1.0, 0.0], (50, 1))
+    assert ev.expected_calibration_error(certain, labels) == 0 == ev.ece_floor(certain)
+    assert [b.count for b in ev.reliability(certain, labels, equal_mass=True)][-1] == 50
 
 
-def test_the_browser_check_can_fail(tmp_path, browser):
-    page = tmp_path / "bad.html"
-    page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('oh')</script>", encoding="utf-8")
-    _, console, urls = browser(page)
-    assert any("oh" in line for line in console) and urls == {"http://127.0.0.1:9/x.png"}
+def test_perfect_calibration_is_near_zero_and_at_its_floor():
+    logits, labels = stretched(50_000, 2)
+    assert ev.expected_calibration_error(ev.softmax(logits), labels) < 0.01
+    errors = [ev.expected_calibration_error(ev.softmax(x), y) for x, y in (stretched(300, seed) for seed in range(60))]
+    assert abs(np.mean(errors) - ev.ece_floor(ev.softmax(stretched(300, 0)[0]))) < 0.01
 
 
-def test_hostile_report_in_a_browser(tmp_path, browser):
-    document, console, urls = browser(hostile_report(tmp_path))
-    assert console == [] and urls == set()
-    assert "<script" not in document and "<title>owned" not in document and set(re.findall(r'<section id="(\w+)"', document)) == SECTIONS
+@pytest.mark.parametrize("stretch", [0.3, 1.0, 2.5])
+def test_temperature_finds_the_truth_and_changes_no_answer(stretch):
+    logits, labels = stretched(8000, 3, stretch)
+    t = ev.fit_temperature(logits, labels)
+    assert abs(t / stretch - 1) < 0.06
+    np.testing.assert_array_equal(ev.scaled(logits, t).argmax(axis=1), logits.argmax(axis=1))
+    def slope(x): return (ev.nll(ev.scaled(logits, x * 1.001), labels) - ev.nll(ev.scaled(logits, x / 1.001), labels))
+    assert slope(t / 1.02) < 0 < slope(t * 1.02)
+    assert abs(ev.fit_temperature(logits * 3 + 7, labels) / t - 3) < 1e-3
+
+
+def test_a_temperature_that_cannot_be_known():
+    for logits, labels in [(np.eye(5), np.arange(5)), (np.eye(5), np.roll(np.arange(5), 1)), (np.zeros((5, 5)), np.arange(5))]:
+        with pytest.raises(ev.EvaluationError, match="No temperature between 0.05 and 20") as caught: ev.fit_temperature(logits, labels)
+        assert "\n" not in str(caught.value) and ev.fit_temperature(logits, labels, otherwise=1.0) == 1
+
+
+def test_cross_fitting_leaves_each_photo_out():
+    logits, labels = stretched(60, 4, 2.0)
+    each = ev.cross_fitted_temperature(logits, labels)
+    groups = [np.flatnonzero(each == t) for t in np.unique(each)]
+    assert sorted(map(len, groups)) == [12] * 5
+    for fold in groups:
+        rest = np.setdiff1d(np.arange(60), fold)
+        assert ev.fit_temperature(logits[rest], labels[rest]) == each[fold[0]]
+    np.testing.assert_array_equal(each, ev.cross_fitted_temperature(logits, labels))
+    two_wrong, answers = np.eye(4)[np.arange(40) % 4] * 5, np.where(np.arange(40) < 2, 3, np.arange(40) % 4)
+    for seed in range(5):  # both mistakes in one fold would leave the other four without any
+        assert len(ev.cross_fitted_temperature(two_wrong, answers, seed=seed)) == 40
+
+
+def test_calibration_object():
+    logits, labels = stretched(400, 5, 2.0)
+    own, given, none = (ev.evaluate_calibration(logits, labels, t) for t in (None, 2.0, 1.0))
+    assert own.cross_fitted and not given.cross_fitted and own.temperature == ev.fit_temperature(logits, labels)
+    assert own.nll_after < own.nll_before and own.ece_after < own.ece_before and given.ece_before == own.ece_before
+    assert own.nll_after >= ev.nll(ev.scaled(logits, own.temperature), labels)
+    assert (none.nll_before, none.ece_before) == (none.nll_after, none.ece_after) and repr(none.bins_before) == repr(none.bins_after)
+    assert json.loads(json.dumps(own.metrics(), allow_nan=False)) == own.metrics() and "cross-fitted" in str(own)
+    assert ev.evaluate_calibration(np.eye(3), range(3), None, otherwise=1.0).temperature == 1
+
+
+# Unsure
+
+def test_coverage_by_another_road():
+    logits, labels = stretched(300, 6, 1.5)
+    logits = logits[np.arange(300) % 120]  # makes ties
+    curve, sure = ev.coverage_curve(logits, labels, 1.5), ev.softmax(logits / 1.5).max(axis=1)
+    right = logits.argmax(axis=1) == labels
+    assert (np.diff(curve.thresholds) > 0).all() and len(curve.thresholds) == len(np.unique(sure)) < 300
+    for t in [0.0, 0.3, 0.9, *curve.thresholds[::20]]:
+        there = curve.at(t)
+        assert there.count == np.sum(sure >= t) and there.coverage == np.mean(sure >= t)
+        assert np.isnan(there.accuracy) if not there.count else abs(there.accuracy - right[sure >= t].mean()) < 1e-12
+    assert (curve.coverage[0], curve.accuracy[0]) == (1, ev.accuracy(logits, labels)) == curve.at(0)[2:4]
+    shuffle = np.random.default_rng(0).permutation(300)
+    np.testing.assert_array_equal(curve.hits, ev.coverage_curve(logits[shuffle], labels[shuffle], 1.5).hits)
+    assert curve.at(1.1).count == 0 and np.isnan(curve.at(1.1).interval).all()
+
+
+def test_careful_threshold_keeps_its_promise_where_the_lucky_one_does_not():
+    unseen = ev.coverage_curve(*stretched(20_000, 1000))
+    careful, lucky = [], []
+    for seed in range(100):
+        curve = ev.coverage_curve(*stretched(1000, seed))
+        careful.append(unseen.at(ev.threshold_for(curve, 0.9)).accuracy < 0.9)
+        lucky.append(unseen.at(curve.thresholds[np.flatnonzero(curve.accuracy >= 0.9)[0]]).accuracy < 0.9)
+    assert np.mean(careful) <= 0.10 and np.mean(lucky) >= 0.3
+    assert ev.threshold_for(curve, 0.9, confidence=0.99) >= ev.threshold_for(curve, 0.9) >= ev.threshold_for(curve, 0.8)
+
+
+# Two models
+
+@pytest.mark.parametrize("cells", [(70, 3, 0, 27), (10, 5, 5, 0), (200, 30, 12, 58), (0, 0, 7, 0), (9, 0, 0, 1), (1, 1, 7, 12)])
+def test_mcnemar_by_hand(cells):
+    a, b = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], cells, axis=0).T
+    found = ev.mcnemar(a, b)
+    assert (found.both, found.only_a, found.only_b, found.neither) == cells and found.n == sum(cells)
+    few, split = min(cells[1:3]), cells[1] + cells[2]
+    assert abs(found.p_value - min(1, 2 * sum(math.comb(split, k) for k in range(few + 1)) / 2**split)) < 1e-12
+    assert abs(found.difference - (a.mean() - b.mean())) < 1e-12
+    assert found.interval[0] - 1e-12 <= found.difference <= found.interval[1] + 1e-12
+    other = ev.mcnemar(b, a)
+    assert other.p_value == found.p_value and np.allclose(other.interval, [-end for end in found.interval[::-1]])
+    np.testing.assert_allclose(found.interval, newcombe(*cells), atol=1e-12)
+
+
+def newcombe(e, f, g, h):
+    "Method 10 in the letters of Newcombe (1998, Stat. Med. 17, 2635-2650)"
+    n = e + f + g + h
+    p1, p2 = (e + f) / n, (e + g) / n
+    (l1, u1), (l2, u2) = ev.wilson_interval(e + f, n), ev.wilson_interval(e + g, n)
+    numerator, product = e * h - f * g, (e + f) * (g + h) * (e + g) * (f + h)
+    if numerator > n / 2: numerator -= n / 2
+    elif numerator > 0: numerator = 0
+    phi = numerator / product**0.5 if product else 0
+    delta2 = (p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2
+    epsilon2 = (p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2
+    return p1 - p2 - delta2**0.5, p1 - p2 + epsilon2**0.5
+
+
+def test_paired_interval_keeps_its_promise():
+    shares, rng = (0.78, 0.07, 0.04, 0.11), np.random.default_rng(0)
+    ends = np.array([ev.paired_interval(*map(int, cells)) for cells in rng.multinomial(300, shares, size=1000)])
+    assert 0.93 <= np.mean((ends[:, 0] <= 0.03) & (0.03 <= ends[:, 1])) <= 0.98
+
+
+def test_verdict_says_who():
+    def pair(*cells): return np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], cells, axis=0).T
+    assert ev.mcnemar(*pair(50, 30, 5, 15)).verdict("old", "new").startswith("old is better than new")
+    assert ev.mcnemar(*pair(50, 5, 30, 15)).verdict("old", "new").startswith("new is better than old")
+    assert "do not tell old and new apart" in ev.mcnemar(*pair(50, 5, 5, 40)).verdict("old", "new")
+    assert 0.1 < ev.mcnemar(*pair(240, 9, 3, 48)).p_value < 0.2 and "do not tell" in ev.mcnemar(*pair(240, 9, 3, 48)).verdict()
+
+
+# Other conditions, and bad input
+
+def test_robustness_rows():
+    first, second = (ev.evaluate_logits(*random_case(seed)) for seed in (1, 2))
+    rows = ev.robustness_table({"as trained": first, "light": second})
+    assert [row.name for row in rows] == ["as trained", "light"] and rows[0].change == 0
+    assert rows[1].change == pytest.approx(100 * (second.top1 - first.top1)) and rows[1].interval == second.top1_interval
+    assert "light" in ev.robustness_text(rows) and f"{rows[1].change:+.1f}" in ev.robustness_text(rows)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: ev.bootstrap_interval(np.mean), "arrays have [] rows"),
+    (lambda: ev.bootstrap_interval(np.mean, []), "arrays have [0] rows"),
+    (lambda: ev.bootstrap_interval(np.mean, 3.0), "arrays have [0] rows"),
+    (lambda: ev.bootstrap_interval(np.mean, [1, 2], confidence=1), "confidence is 1"),
+    (lambda: ev.bootstrap_interval(np.mean, [1, 2], resamples=5), "5 resamples"),
+    (lambda: ev.bootstrap_interval(lambda x: float("inf"), [1, 2]), "not finite on 1000 of 1000"),
+    (lambda: ev.share_interval([0.5]), "type float64"),
+    (lambda: ev.share_interval([[True]]), "shape (1, 1)"),
+    (lambda: ev.share_interval(["yes"]), "give one True or False"),
+    (lambda: ev.coarse_logits([[1., 2.]], [0]), "1 fine classes are given, and the logits have 2"),
+    (lambda: ev.coarse_logits([[1., 2.]], {1: 0, 2: 0}), "each fine id from 0 to 1"),
+    (lambda: ev.coarse_logits([[1., 2.]], [0, -1]), "coarse ids hold -1"),
+    (lambda: ev.coarse_logits([[1., 2.]], [0, 0.5]), "coarse ids are of type float64"),
+    (lambda: ev.coarse_logits([[1., 2.]], ["a", "b"]), "coarse ids are of type"),
+    (lambda: ev.coarse_logits([[1., 2.]], [0, 2]), "coarse class 1"),
+    (lambda: ev.coarse_logits([[1., np.nan]], [0, 1]), "nan"),
+    (lambda: ev.evaluate_hierarchy([[1., 2.]], [0], [0, 1], coarse_names=["one"]), "1 class names for 2"),
+    (lambda: ev.reliability([[1., 2.]], [0]), "adds up to 3"),
+    (lambda: ev.reliability([[1.5, -0.5]], [0]), "-0.5"),
+    (lambda: ev.reliability([[0.5, 0.5]], [0], bins=0), "bins is 0"),
+    (lambda: ev.scaled([[1., 2.]], -1), "temperature is -1"),
+    (lambda: ev.scaled([[1., 2.]], float("nan")), "temperature is nan"),
+    (lambda: ev.scaled([[1., 2.]], [1., 1.]), "one a photo"),
+    (lambda: ev.nll([[1., -np.inf]], [1]), "Row 0 of the logits has -inf"),
+    (lambda: ev.fit_temperature([[1., -np.inf]], [1]), "Row 0 of the logits has -inf"),
+    (lambda: ev.cross_fitted_temperature(np.eye(3), [0, 1, 2], folds=4), "folds is 4 for 3 photos"),
+    (lambda: ev.cross_fitted_temperature(np.eye(3), [0, 1, 2], folds=3), "No temperature"),
+    (lambda: ev.evaluate_calibration(np.eye(8), range(8), None), "No temperature"),
+    (lambda: ev.threshold_for(ev.coverage_curve(np.eye(3), [0, 1, 2])), "No threshold is sure to give 95.0%"),
+    (lambda: ev.threshold_for(ev.coverage_curve(np.eye(3), [0, 1, 2]), confidence=0.5), "confidence is 0.5"),
+    (lambda: ev.mcnemar([True], [True, False]), "A was measured on 1 photos and B on 2"),
+    (lambda: ev.mcnemar([], []), "hits of A have shape (0,)"),
+    (lambda: ev.mcnemar([1, 2], [0, 1]), "hits of A"),
+    (lambda: ev.robustness_table({}), "no conditions"),
+])
+def test_bad_input_of_the_new_parts_is_one_sentence(call, words):
+    with pytest.raises(ev.EvaluationError, match=re.escape(words)) as caught: call()
+    assert "\n" not in str(caught.value)
