@@ -1,4 +1,4 @@
-"""Run one loader epoch in this fresh process and print its peak of anonymous memory in MB; run.py starts it.
+"""Run one loader or training epoch in this fresh process and print its peak of anonymous memory in MB; run.py starts it.
 
 Anonymous memory is what the process itself holds. Pages of a memory-mapped file are left out: the system keeps
 them while memory is free and takes them back when it is not.
@@ -44,7 +44,16 @@ def our_epoch(root, size):
     for _ in get_loaders(batch_size=32, root=root, preprocessing=preprocessing)[0]: pass
 
 
+def our_training(root, size):
+    from grocery_nb.data_utils import Preprocessing, get_loaders
+    from grocery_nb.model_utils import create_model
+    from grocery_nb.train_utils import train_model
+
+    train_loader, val_loader = get_loaders(batch_size=32, root=root, preprocessing=Preprocessing(size=size, resize=size * 8 // 7))
+    train_model(create_model(len(train_loader.dataset.classes)), train_loader, 1, 1e-3, val_loader, progress=False)
+
+
 if __name__ == "__main__":
     side, root, size = sys.argv[1:]
-    epoch = {"course": course_epoch, "ours": our_epoch}[side]
+    epoch = {"course": course_epoch, "ours": our_epoch, "train": our_training}[side]
     print(peak_during(lambda: epoch(Path(root), int(size))))

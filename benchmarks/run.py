@@ -206,8 +206,8 @@ def memory(data, quick):
     def naive_growth(small, large):
         with fresh_cache() as cache: return peak("course", large, cache, 224) - peak("course", small, cache, 224)
 
-    def results(step, figures, naive=()):
-        return [Result(f"memory growth, {step}, {state}", "MB", list(course_side), list(mb), "< 50 MB", median(mb) < 50)
+    def results(step, figures, naive=(), job="loader"):
+        return [Result(f"memory growth, {job}, {step}, {state}", "MB", list(course_side), list(mb), "< 50 MB", median(mb) < 50)
                 for state, mb, course_side in zip(("building the cache", "cache there"), zip(*figures), ((), naive))]
 
     with tempfile.TemporaryDirectory(prefix="grocery-bench-") as folder:
@@ -220,6 +220,7 @@ def memory(data, quick):
         if not quick:  # decodes every photo ten times over
             copy_part(data, repeated, times=10)
             found += results(f"{large:,} -> {many:,} rows at 32 px", [growth("ours", whole, repeated, 32)])
+            found += results(f"{large:,} -> {many:,} rows at 32 px", [growth("train", whole, repeated, 32)], job="training")
     return found
 
 
@@ -256,28 +257,48 @@ def imports(data, quick):
 
 @row("epoch")
 def epoch(data, quick):
-    "A training epoch on a tenth of the photos, loader included; no target yet: the schedules and precisions come later"
-    from grocery_nb import data_utils, model_utils, train_utils
-    from torch.utils.data import DataLoader
-
-    naive = course("data_utils")
-    classes = len(naive.get_classes())
-
-    def images_per_second(train, model, loader, **options):
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()): train(model, loader, epochs=1, lr=1e-3, **options)
-        return len(loader.dataset) / (time.perf_counter() - start)
-
+    "A training epoch on a tenth of the photos, loader included; every figure from a fresh process, after a warm-up epoch"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     with tempfile.TemporaryDirectory(prefix="grocery-bench-") as folder, fresh_cache():
         part = copy_part(data, Path(folder), every=10)
-        naive_loader = DataLoader(naive.GroceryDataset(part / "train.txt", naive.transform), batch_size=BATCH, shuffle=True)
-        our_loader = data_utils.get_loaders(batch_size=BATCH, root=part)[0]
-        naive_model, our_model = course("model_utils").create_model(classes), model_utils.create_model(classes)
-        sides = [lambda: images_per_second(course("train_utils").train_model, naive_model, naive_loader),
-                 lambda: images_per_second(train_utils.train_model, our_model, our_loader, progress=False)]
-        take_turns(1, *sides)  # warm-up
-        one, ours = take_turns(1 if quick else 5, *sides)
-    return [Result("training epoch, mobilenet_v3_small, 224 px", "images/s", one, ours, ratio=paired_ratio(ours, one))]
+
+        def images_per_second(side, *launcher, **environment):
+            return float(python(*launcher, "probe_training.py", "epoch", side, str(part), GROCERY_DATA_DIR=str(part), **environment))
+
+        images_per_second("ours")  # the pixel cache
+        one, ours, two = take_turns(1 if quick else 5, lambda: images_per_second("course"), lambda: images_per_second("ours"),
+                                    lambda: images_per_second("ours", *torchrun, OMP_NUM_THREADS="1"))
+
+    def result(what, figures):
+        ratio = paired_ratio(figures, one)
+        return Result(f"training epoch, mobilenet_v3_small, 224 px, {what}", "images/s", one, figures, ">= 2.5x", ratio >= 2.5, ratio)
+
+    return [result("one process", ours), result("torchrun with two processes of one thread", two)]
+
+
+@row("reach")
+def reach(data, quick):
+    "From the open data set, with empty caches, to 75% coarse validation accuracy; EfficientNet-Lite0's ImageNet weights on both sides"
+    def seconds(side):
+        with fresh_cache(): return float(python("probe_training.py", "reach", side, str(data), GROCERY_DATA_DIR=str(data)))
+
+    one, ours = take_turns(1 if quick else 2, lambda: seconds("course"), lambda: seconds("ours"))
+    ratio = paired_ratio(one, ours)
+    return [Result("time to 75% coarse accuracy, pretrained weights", "s", one, ours, ">= 5x", ratio >= 5, ratio)]
+
+
+@row("kill")
+def kill(data, quick):
+    "`kill -9` of a small training at random moments, resumed with 0 or 1 workers; on a very small Mini Grocery"
+    sys.path.insert(0, str(ROOT / "tests"))
+    from grocery_nb.synthetic import make_dataset
+    from killed import torture
+
+    with tempfile.TemporaryDirectory(prefix="grocery-bench-") as folder, fresh_cache():
+        found = torture(make_dataset(Path(folder) / "mini", train=3, val=2, test=1, size=64), Path(folder), kills=10 if quick else 100)
+    print(f"kill: {found}", file=sys.stderr)
+    return [Result(f"kill -9 at {found['kills']} moments: other weights or a torn checkpoint", "times", [], [0.0 if found["identical"] else 1.0],
+                   "0", found["identical"])]
 
 
 # --- the machine, the data, the report --------------------------------------------------------------------------------

@@ -21,12 +21,16 @@ ARROWS = {
     "catalog": {"synthetic"},
     "data_utils": {"catalog"},
     "model_utils": set(),
-    "train_utils": {"model_utils"},
+    "checkpoint": {"model_utils"},
+    "train_utils": {"model_utils", "checkpoint"},
+    "transfer": {"model_utils", "train_utils"},
     "evaluation": set(),
-    "run_training": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation"},
-    "cli": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "run_training"},
+    "report": {"evaluation"},
+    "run_training": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "transfer", "evaluation"},
+    "measuring": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "report", "run_training"},
+    "cli": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "run_training", "measuring"},
 }
-WITHOUT_TORCH = {"core", "synthetic", "catalog", "evaluation"}
+WITHOUT_TORCH = {"core", "synthetic", "catalog", "evaluation", "report"}
 
 
 def load(path: Path) -> dict:
@@ -121,7 +125,7 @@ def loaded(code: str) -> set:
     return {name.split(".")[0] for name in out.stdout.split()}
 
 
-@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH | {"run_training", "cli"}))
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH | {"run_training", "measuring", "cli"}))
 def test_no_torch_where_none_is_needed(module):
     assert "torch" not in loaded(f"import grocery_nb.{module}")
 
