@@ -40,15 +40,15 @@ def share(
     if not 0 <= value < 1: raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up to, but not including, 1")
     return value
 
-# %% ../nbs/06_run_training.ipynb #70e398ca
+# %% ../nbs/06_run_training.ipynb #b7b6bd2a
 RECIPES = {
     "scratch": dict(epochs=5, learning_rate=1e-3, backbone="mobilenet_v3_small", weights="none", label="coarse"),
     "probe": dict(epochs=20, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="coarse", weight_decay=0.1),
-    "finetune": dict(epochs=16, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine", schedule="onecycle",
-                     warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0, body_lr=0.6,
-                     train_size=208, train_resize=348, min_area=0.15, light=0.3, tint=0.1)}
+    "finetune": dict(epochs=8, learning_rate=1.2e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine", schedule="onecycle",
+                     warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0, body_lr=0.5,
+                     probe_epochs=20, train_size=192, train_resize=348, min_area=0.25, light=0.3, tint=0.1)}
 SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=0.0, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0)
-PICTURES = dict(train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
+PICTURES = dict(probe_epochs=20, train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
 
 # %% ../nbs/06_run_training.ipynb #7276399b
 def add_picture_arguments(
@@ -63,7 +63,7 @@ def add_picture_arguments(
     add("--tint", type=share, help="how far the colours of training photos are changed")
     return parser
 
-# %% ../nbs/06_run_training.ipynb #5d3b988b
+# %% ../nbs/06_run_training.ipynb #065e0ed5
 def add_recipe_arguments(
     parser:argparse.ArgumentParser, # Receives the flags
 ) -> argparse.ArgumentParser: # The same parser
@@ -78,6 +78,7 @@ def add_recipe_arguments(
     add("--label-smoothing", type=share, help="share of each label that is spread over all classes")
     add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: every class has the same say (default: %(default)s)")
     add("--ema", type=share, help="decay of the average of the weights, such as 0.99")
+    add("--probe-epochs", type=int, help="passes over the features before a fine-tuning; 0: it starts from a fresh last layer")
     add("--patience", type=int, help="stop after so many epochs without a better validation; 0: never")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="float32",
         help="of the forward pass; auto measures which is fastest here (default: %(default)s)")
@@ -135,7 +136,7 @@ def check_counts(
     for name in names:
         if (value := getattr(options, name)) < 0: raise GroceryError(f"--{name.replace('_', '-')} is {value}; give 0 or more")
 
-# %% ../nbs/06_run_training.ipynb #67d45239
+# %% ../nbs/06_run_training.ipynb #cf386ab7
 def check_options(
     options:argparse.Namespace, # As `add_arguments` describes them
 ) -> argparse.Namespace: # The same, with every default filled in
@@ -146,7 +147,7 @@ def check_options(
     if options.recipe != "scratch" and options.weights == "none":
         raise GroceryError(f"--recipe {options.recipe} starts from a backbone that can see, and --weights none gives it random weights; "
                            "leave that out, or take --recipe scratch")
-    check_counts(options, "workers", "checkpoint_every", "patience")
+    check_counts(options, "workers", "checkpoint_every", "patience", "probe_epochs")
     check_output(options.output)
     if options.log is not None: check_output(options.log)
     return options
@@ -238,7 +239,7 @@ def probing(
     "Where features are kept, and under which name"
     return dict(cache=cache_dir("features"), key=feature_source(loaders))
 
-# %% ../nbs/06_run_training.ipynb #a63dd778
+# %% ../nbs/06_run_training.ipynb #87062447
 def fit(
     model, # A network from `create_model`
     loaders:tuple, # Training and validation loader
@@ -251,7 +252,9 @@ def fit(
     settings = recipe_settings(options, model, loaders[0].dataset)
     steps = dict(epochs=options.epochs, lr=options.learning_rate, progress=not options.quiet)
     if options.recipe == "scratch": return train_model(model, loaders[0], val_loader=loaders[1], **steps, **keeping(options, loaders), **settings)
-    if options.recipe == "finetune": return finetune(model, *loaders, probe_loader=probe_loader, **probing(loaders), **steps, **keeping(options, loaders), **settings)
+    if options.recipe == "finetune":
+        first = dict(probe_loader=probe_loader, probe_epochs=options.probe_epochs) if options.probe_epochs else {}
+        return finetune(model, *loaders, **first, **probing(loaders), **steps, **keeping(options, loaders), **settings)
     return train_probe(model, probe_loader, loaders[1], weight_decay=options.weight_decay, batch_size=options.batch_size, **probing(loaders), **steps)
 
 # %% ../nbs/06_run_training.ipynb #1a9b6a47

@@ -250,7 +250,7 @@ def finetune(
     check_settings(epochs, lr)
     settings, before = Recipe(**recipe), []
     loss = dict(label_smoothing=settings.label_smoothing, class_weights=settings.class_weights)
-    same = {**(identity or {}), "probe epochs": 0 if probe_loader is None else probe_epochs}
+    same = {**(identity or {}), "probe epochs": 0 if probe_loader is None else probe_epochs, "momentum": momentum}
     def probe():
         return train_probe(model, probe_loader, val_loader, probe_epochs, batch_size=getattr(probe_loader, "batch_size", None) or 32,
                            cache=cache, key=key, progress=progress, **loss)

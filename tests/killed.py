@@ -28,6 +28,7 @@ def train(data: Path, checkpoints: "Path|None", answer: Path, workers: int = 0, 
     import torch
     from grocery_nb.data_utils import Preprocessing, get_loaders
     from grocery_nb.train_utils import train_model
+    multiprocessing.set_start_method("fork", force=True)  # a forked worker notices that its parent was killed, and ends
     torch.set_num_threads(1)
     torch.manual_seed(7)
     train_loader, val_loader = get_loaders(16, root=data, preprocessing=Preprocessing(size=48, resize=56), seed=3, num_workers=workers)
@@ -63,7 +64,7 @@ def torture(data: Path, folder: Path, kills: int, seed: int = 0, epochs: int = 3
     whole = start("whole", None)
     whole.join(120)
     began = time.perf_counter()
-    start("timed", folder / "timed").join(120)
+    start("timed", folder / "timed checkpoints").join(120)
     usual = time.perf_counter() - began
     expected, done, runs, read = (folder / "whole").read_text(), 0, 0, 0
     same = (folder / "timed").read_text() == expected

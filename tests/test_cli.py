@@ -208,7 +208,8 @@ def test_probe_is_repeatable(here, tiny, caches, tmp_path):
 
 def test_interrupted_training_leaves_nothing(tiny, caches, tmp_path):
     command = [str(Path(sys.executable).with_name("grocery")), "train", "--data", str(tiny), "--epochs", "500"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    def listen(): signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background ignores Ctrl-C
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     for piece in iter(lambda: process.stderr.read(1), ""):
         if piece == "%": break  # the first progress bar: the training runs
     process.send_signal(signal.SIGINT)

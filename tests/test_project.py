@@ -23,10 +23,10 @@ ARROWS = {
     "model_utils": set(),
     "checkpoint": {"model_utils"},
     "train_utils": {"model_utils", "checkpoint"},
-    "transfer": {"model_utils", "train_utils"},
+    "transfer": {"model_utils", "checkpoint", "train_utils"},
     "evaluation": set(),
     "report": {"evaluation"},
-    "run_training": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "transfer", "evaluation"},
+    "run_training": {"catalog", "data_utils", "model_utils", "train_utils", "transfer", "evaluation"},
     "measuring": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "report", "run_training"},
     "cli": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "run_training", "measuring"},
 }
