@@ -243,7 +243,7 @@ def probing(
 def fit(
     model, # A network from `create_model`
     loaders:tuple, # Training and validation loader
-    probe_loader, # The training photos without augmentation, for a probe; else None
+    probe_loader, # The training photos without augmentation, for a probe before fine-tuning; else None
     options:argparse.Namespace, # Checked options
 ) -> list: # The history
     "Train as the recipe says: the whole network, its last layer, or one after the other"
@@ -253,9 +253,8 @@ def fit(
     steps = dict(epochs=options.epochs, lr=options.learning_rate, progress=not options.quiet)
     if options.recipe == "scratch": return train_model(model, loaders[0], val_loader=loaders[1], **steps, **keeping(options, loaders), **settings)
     if options.recipe == "finetune":
-        first = dict(probe_loader=probe_loader, probe_epochs=options.probe_epochs) if options.probe_epochs else {}
-        return finetune(model, *loaders, **first, **probing(loaders), **steps, **keeping(options, loaders), **settings)
-    return train_probe(model, probe_loader, loaders[1], weight_decay=options.weight_decay, batch_size=options.batch_size, **probing(loaders), **steps)
+        return finetune(model, *loaders, probe_loader=probe_loader, probe_epochs=options.probe_epochs, **probing(loaders), **steps, **keeping(options, loaders), **settings)
+    return train_probe(model, *loaders, weight_decay=options.weight_decay, batch_size=options.batch_size, **probing(loaders), **steps)
 
 # %% ../nbs/06_run_training.ipynb #1a9b6a47
 @contextmanager
@@ -327,8 +326,8 @@ def train(
     from grocery_nb.train_utils import predict
     with processes() as (rank, world):
         options.quiet = options.quiet or rank > 0
-        probes = options.recipe != "scratch"
-        probe_loader = loaders_for(options, root, augment=False)[0] if probes else None               # 2 data
+        probe_first = options.recipe == "finetune" and options.probe_epochs
+        probe_loader = loaders_for(options, root, augment=False)[0] if probe_first else None          # 2 data
         loaders = loaders_for(options, root, augment=options.recipe != "probe", shard=(rank, world))
         model = new_model(options, len(classes.names(options.label)), rank)                           # 3 model
         history = fit(model, loaders, probe_loader, options)                                          # 4 training

@@ -40,3 +40,43 @@ def grocery(tmp_path):
         return subprocess.run([str(Path(sys.executable).with_name("grocery")), *map(str, arguments)], cwd=tmp_path,
                               capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
     return run
+
+
+@pytest.fixture
+def one_thread():
+    "Torch with a single thread: the same sums on every machine, and no waiting for each other in small work"
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def loaders(tiny, caches):
+    "Make training and validation loader of the tiny set, at 48 pixels"
+    from grocery_nb.data_utils import Preprocessing, get_loaders
+
+    def make(**options):
+        return get_loaders(batch_size=32, root=tiny, preprocessing=Preprocessing(size=48, resize=56), **options)
+    return make
+
+
+@pytest.fixture
+def classes(loaders) -> int:
+    return len(loaders()[0].dataset.classes)
+
+
+def weights(model) -> bytes:
+    "Everything in a model's state_dict, to the bit"
+    return b"".join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())
+
+
+def random_case(seed: int, classes: int = 12, photos: int = 200, absent: int = 3):
+    "Logits of a middling model, with classes that do not occur and some that are never answered"
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes - absent, size=photos)
+    logits = rng.normal(size=(photos, classes)) + 1.5 * np.eye(classes)[labels]
+    logits[:, 1] -= 100
+    return logits, labels

@@ -9,17 +9,9 @@ from scipy.special import logsumexp
 from scipy.stats import bootstrap
 from sklearn import metrics as sk
 
+from conftest import random_case
 from grocery_nb import evaluation as ev
 from grocery_nb.core import GroceryError
-
-
-def random_case(seed: int, classes: int = 12, photos: int = 200, absent: int = 3):
-    "Logits of a middling model, with classes that do not occur and some that are never answered"
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes - absent, size=photos)
-    logits = rng.normal(size=(photos, classes)) + 1.5 * np.eye(classes)[labels]
-    logits[:, 1] -= 100
-    return logits, labels
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import random_case
 from grocery_nb import evaluation as ev
 from grocery_nb import report
 from grocery_nb.core import GroceryError
@@ -24,15 +25,6 @@ EXTRA = {"fine", "trust", "unsure", "conditions"}
 COMPARED = {"pairs", "classes", "trust", "disagreements"}
 VOID = {"meta", "link", "img", "wbr", "br", "line", "path", "circle", "rect"}
 HOSTILE = "<script>document.title='owned'</script>\"' onload=x {{ 7*7 }} <img src=http://example.org/x.png>"
-
-
-def random_case(seed: int, classes: int = 12, photos: int = 200, absent: int = 3):
-    "Logits of a middling model, with classes that do not occur and some that are never answered"
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes - absent, size=photos)
-    logits = rng.normal(size=(photos, classes)) + 1.5 * np.eye(classes)[labels]
-    logits[:, 1] -= 100
-    return logits, labels
 
 
 def realistic(seed: int, strength: float = 2.3, photos: int = 296):

@@ -7,40 +7,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import weights
 from grocery_nb.checkpoint import CheckpointError, CheckpointFolder
 from grocery_nb.core import GroceryError
-from grocery_nb.data_utils import Preprocessing, get_loaders
 from grocery_nb.model_utils import create_model, load_model, save_model
 from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, predict,
                                     train_epoch, train_model)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-SMALL = Preprocessing(size=48, resize=56)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def loaders(tiny, caches):
-    def make(**options):
-        return get_loaders(batch_size=32, root=tiny, preprocessing=SMALL, **options)
-    return make
-
-
-@pytest.fixture
-def classes(loaders) -> int:
-    return len(loaders()[0].dataset.classes)
-
-
-def weights(model) -> bytes:
-    return b"".join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(loaders, classes, seed=0, watch=False, epochs=2, **options):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import weights
 from grocery_nb import transfer
 from grocery_nb.checkpoint import CheckpointError
 from grocery_nb.core import GroceryError
@@ -18,31 +19,7 @@ from grocery_nb.transfer import extract_features, feature_key, finetune, folded,
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-SMALL = Preprocessing(size=48, resize=56)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def loaders(tiny, caches):
-    def make(**options):
-        return get_loaders(batch_size=32, root=tiny, preprocessing=SMALL, **options)
-    return make
-
-
-@pytest.fixture
-def classes(loaders) -> int:
-    return len(loaders()[0].dataset.classes)
-
-
-def weights(model) -> bytes:
-    return b"".join(t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_probe_is_the_plain_network(loaders, classes, tmp_path):
