@@ -7,10 +7,10 @@ __all__ = ['SCHEDULES', 'PRECISIONS', 'TrainError', 'check_settings', 'check_lab
            'reuse_memory', 'evaluate_model', 'predict', 'validate', 'check_loss', 'Recipe', 'balanced_weights',
            'loss_sum', 'divisor', 'last_linear', 'make_optimizer', 'lr_factor', 'make_schedule', 'precision_context',
            'ema_decay', 'make_ema', 'rank_and_world', 'add_up', 'gathered', 'from_first', 'generator_states',
-           'set_generator_states', 'steps_an_epoch', 'Training', 'backward', 'sum_gradients', 'apply_gradients',
-           'train_step', 'fastest_precision', 'epoch_batches', 'train_epoch', 'finish_epoch', 'Callback', 'Progress',
-           'best_epoch', 'EarlyStopping', 'JsonLog', 'Checkpoints', 'run', 'start_over', 'go_on', 'checkpointed',
-           'train_model', 'save_checkpoint', 'load_checkpoint']
+           'set_generator_states', 'steps_an_epoch', 'Training', 'cut_box', 'mix_batch', 'backward', 'sum_gradients',
+           'apply_gradients', 'train_step', 'fastest_precision', 'epoch_batches', 'training_mode', 'train_epoch',
+           'finish_epoch', 'Callback', 'Progress', 'best_epoch', 'EarlyStopping', 'JsonLog', 'Checkpoints', 'run',
+           'start_over', 'go_on', 'checkpointed', 'train_model', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/04_training.ipynb #20fe8e29
 import copy
@@ -177,7 +177,9 @@ class Recipe:
     ema:float = 0.0 # Decay of the averaged weights, such as 0.99; 0 keeps no average
     precision:str = "float32" # Of the forward pass: float32, bfloat16 or float16
     patience:int = 0 # Epochs without a better validation before the training stops; 0 never stops
+    mix:float = 0.0 # Share of the batches whose pictures are mixed with each other
     channels_last:bool = True # Memory layout of model and image batches
+    freeze_norm:bool = False # BatchNorm keeps its running statistics, and uses them in training, too
 
     def __post_init__(self):
         for name, good, advice in self.rules():
@@ -195,6 +197,7 @@ class Recipe:
         yield "clip", 0 <= self.clip < math.inf, "it is a norm of at least 0, and 0 switches clipping off"
         yield "label_smoothing", 0 <= self.label_smoothing < 1, "it is a share from 0 up to, but not including, 1"
         yield "ema", 0 <= self.ema < 1, "it is the decay of an average, such as 0.99, and 0 switches it off"
+        yield "mix", 0 <= self.mix <= 1, "it is a share of the batches, from 0 to 1"
         yield "patience", self.patience >= 0, "it is a number of epochs, and 0 switches early stopping off"
         yield "class_weights", weights is None or all(0 < w < math.inf for w in weights), "give one number above 0 a class"
 
@@ -418,6 +421,34 @@ class Training:
         for name in self.VALUES: setattr(self, name, state[name])
         set_generator_states(self.dataloader, state["random"][rank_and_world()[0]])
 
+# %% ../nbs/04_training.ipynb #ea2fb173
+def cut_box(
+    height:int, # Of the picture, in pixels
+    width:int, # Likewise
+    share:float, # Of the picture's area, before what sticks out is cut off; 0..1
+) -> tuple: # (top, bottom, left, right)
+    "A rectangle around a random point (CutMix, arXiv:1905.04899, section 3.1)"
+    y, x = (int(torch.randint(side, ())) for side in (height, width))
+    h, w = (int(side*math.sqrt(share)/2) for side in (height, width))
+    return max(0, y - h), min(height, y + h), max(0, x - w), min(width, x + w)
+
+# %% ../nbs/04_training.ipynb #ff34795b
+def mix_batch(
+    inputs:torch.Tensor, # (B, C, H, W), or any other float tensor
+    labels:torch.Tensor, # (B,) int64
+    share:float, # Of the batches that are mixed
+) -> tuple: # (inputs, [(labels, weight), ...]), the weights summing to 1
+    "Mixup with Beta(0.2, 0.2) (arXiv:1710.09412, section 2) or CutMix with Beta(1, 1), each half of the time; or the batch as it is"
+    if not share or torch.rand(()) >= share: return inputs, [(labels, 1.0)]
+    order, cut = torch.randperm(len(labels)).to(labels.device), inputs.dim() == 4 and torch.rand(()) < 0.5
+    weight = torch.distributions.Beta(*([1.0 if cut else 0.2]*2)).sample().item()
+    if cut:
+        top, bottom, left, right = cut_box(*inputs.shape[2:], 1 - weight)
+        inputs, other, weight = inputs.clone(), inputs[order], 1 - (bottom - top)*(right - left)/inputs[0, 0].numel()
+        inputs[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+    else: inputs = inputs.lerp(inputs[order], 1 - weight)
+    return inputs, [(labels, weight), (labels[order], 1 - weight)]
+
 # %% ../nbs/04_training.ipynb #28d64096
 def backward(
     training:Training, # Its model and gradients change
@@ -427,12 +458,13 @@ def backward(
     "Add the gradients of a group of batches to `.grad`; raises `TrainError` on bad labels or a bad loss"
     sums = torch.zeros(2, device=training.device)
     for inputs, labels in group:
+        inputs, targets = mix_batch(inputs, labels, training.recipe.mix)
         with precision_context(training.device, training.recipe.precision): outputs = training.model(inputs)
         check_labels(outputs, labels)
-        loss = loss_sum(outputs, labels, training.recipe)
+        loss = sum(weight*loss_sum(outputs, target, training.recipe) for target, weight in targets)
         check_loss(loss.item(), training.where, inputs, training.optimizer.param_groups[-1]["lr"])
         training.scaler.scale(loss/share).backward()
-        sums += torch.stack([loss.detach(), (outputs.argmax(1) == labels).sum()])
+        sums += torch.stack([loss.detach(), sum(weight*(outputs.argmax(1) == target).sum() for target, weight in targets)])
     return sums
 
 # %% ../nbs/04_training.ipynb #6224d059
@@ -522,6 +554,17 @@ def epoch_batches(
     set_generator_states(loader, here)
     return batches
 
+# %% ../nbs/04_training.ipynb #571a75fe
+def training_mode(
+    model:nn.Module, # Its mode is changed
+    freeze_norm:bool=False, # BatchNorm normalises with its running statistics, and leaves them as they are
+) -> nn.Module: # The same object
+    "Train mode for every layer, or for every layer but BatchNorm"
+    model.train()
+    for module in model.modules():
+        if freeze_norm and isinstance(module, nn.modules.batchnorm._BatchNorm): module.eval()
+    return model
+
 # %% ../nbs/04_training.ipynb #f8eeb516
 def train_epoch(
     training:Training, # At the start of an epoch, or where a checkpoint left it
@@ -530,7 +573,7 @@ def train_epoch(
     "The steps of one epoch that are still to come; raises `TrainError` on bad labels or a bad loss"
     t, started = training, time.perf_counter() - training.seconds
     batches = epoch_batches(t)
-    t.model.train()
+    training_mode(t.model, t.recipe.freeze_norm)
     for _ in range(t.steps - t.step) if t.steps else count():
         group = list(islice(batches, t.recipe.accumulate))
         if not group and rank_and_world()[1] == 1: break

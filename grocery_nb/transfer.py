@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['folded', 'feature_key', 'read_features', 'write_features', 'in_order', 'spot_check', 'extract_features',
-           'feature_scale', 'fold_scaling', 'FoldHead', 'one_thread', 'train_probe', 'probe_once', 'finetune']
+           'feature_scale', 'fold_scaling', 'FoldHead', 'one_thread', 'train_probe', 'probe_once', 'blend', 'finetune']
 
 # %% ../nbs/04a_transfer.ipynb #a2229bb8
 import copy
@@ -226,6 +226,17 @@ def probe_once(
         if rank == 0: write_state(path, state)
     return history
 
+# %% ../nbs/04a_transfer.ipynb #3da18890
+def blend(
+    model:nn.Module, # Fine-tuned; is changed in place
+    start:dict, # The `state_dict` it began with, as tensors of its own
+    share:float, # Of the start in the result, 0..1
+) -> nn.Module: # The same object
+    "Move weights back a part of the way to where they began (weight-space ensemble, WiSE-FT, arXiv:2109.01903, section 3)"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point(): tensor.lerp_(start[name].to(tensor.device), share)
+    return model
+
 # %% ../nbs/04a_transfer.ipynb #fb533648
 def finetune(
     model:nn.Module, # Pretrained body, any head; on its device; is changed in place and left in eval mode
@@ -244,19 +255,23 @@ def finetune(
     resume:bool=False, # Go on where the newest checkpoint left off, if there is one
     identity:"dict|None"=None, # What else must be the same then, such as the digest of the data
     momentum:float=0.1, # Of BatchNorm's running statistics: the part of each batch in them
+    keep_probe:float=0.0, # Share of the probe's weights in the final ones, 0..1
     **recipe, # Fields of `Recipe`, for the fine-tuning
 ) -> list: # As from `train_model`, probe first, with `phase`: "probe" or "finetune"
     "Linear probe, then all layers (arXiv:2202.10054); raises `TrainError` or `CheckpointError`; resumed or not, the same weights"
     check_settings(epochs, lr)
     settings, before = Recipe(**recipe), []
     loss = dict(label_smoothing=settings.label_smoothing, class_weights=settings.class_weights)
-    same = {**(identity or {}), "probe epochs": 0 if probe_loader is None else probe_epochs, "momentum": momentum}
+    if not 0 <= keep_probe <= (probe_loader is not None):
+        raise TrainError(f"keep_probe is {keep_probe}; it is a share from 0 to 1 of a probe's weights, and 0 without a probe_loader")
+    same = {**(identity or {}), "probe epochs": 0 if probe_loader is None else probe_epochs, "momentum": momentum, "keep probe": keep_probe}
     def probe():
         return train_probe(model, probe_loader, val_loader, probe_epochs, batch_size=getattr(probe_loader, "batch_size", None) or 32,
                            cache=cache, key=key, progress=progress, **loss)
     if probe_loader is not None:
         before = probe() if checkpoints is None else probe_once(model, checkpoints, probe, {**same, **loss}, resume)
-    set_momentum(model, momentum)
-    after = train_model(model, train_loader, epochs, lr, val_loader, progress, callbacks, checkpoints, every, resume, same, **recipe)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = train_model(set_momentum(model, momentum), train_loader, epochs, lr, val_loader, progress, callbacks, checkpoints, every, resume, same, **recipe)
+    blend(model, start, keep_probe)
     return [{"phase": "probe", **record} for record in before] + [
         {"phase": "finetune", **record, "epoch": len(before) + record["epoch"]} for record in after]

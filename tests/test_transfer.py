@@ -220,6 +220,40 @@ def test_resumed_is_as_if_never_stopped(at, tmp_path):
     assert weights(twice) == weights(model) and finished == resumed
 
 
+@pytest.mark.parametrize("at", [2, 5, 9])
+def test_resumed_with_norms_at_rest_and_a_part_of_the_probe(at, tmp_path):
+    options = dict(freeze_norm=True, keep_probe=0.3)
+    model, _ = tuned(checkpoints=tmp_path/"whole", **options)
+    with pytest.raises(KeyboardInterrupt): tuned(checkpoints=tmp_path/"run", callbacks=[Kill(at)], **options)
+    for seed in 7, 8:
+        again, _ = tuned(seed=seed, checkpoints=tmp_path/"run", resume=True, **options)
+        assert weights(again) == weights(model)
+    for key, other in ("freeze_norm", dict(freeze_norm=False)), ("keep probe", dict(keep_probe=0.2)):
+        with pytest.raises(CheckpointError, match=key): tuned(checkpoints=tmp_path/"run", resume=True, **{**options, **other})
+
+
+def test_weights_between_probe_and_end():
+    def flat(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.manual_seed(0)
+    probed = Small()
+    train_probe(probed, DataLoader(vectors(), 8, shuffle=True), None, 4, batch_size=8, progress=False, label_smoothing=0.1)
+    end, between, start = (flat(tuned(keep_probe=share)[0]) for share in (0.0, 0.25, 1.0))
+    assert torch.equal(start, flat(probed)) and torch.allclose(between, 0.75*end + 0.25*start, atol=1e-6) and not torch.equal(end, start)
+    for wrong in dict(keep_probe=0.2, probe_loader=None), dict(keep_probe=1.5), dict(keep_probe=-0.1):
+        with pytest.raises(TrainError, match="keep_probe"): tuned(**wrong)
+
+
+def test_norms_at_rest_keep_their_statistics():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    data = DataLoader(TensorDataset(torch.randn(24, 5) + 2, torch.arange(24) % 3), 8)
+    before = net[1].running_mean.clone(), net[1].weight.detach().clone()
+    train_model(net, data, 2, 1e-2, data, progress=False, freeze_norm=True)
+    assert torch.equal(net[1].running_mean, before[0]) and not torch.equal(net[1].weight, before[1])
+    train_model(net, data, 1, 1e-2, progress=False)
+    assert not torch.equal(net[1].running_mean, before[0])
+
+
 def killed_inside(monkeypatch, name, folder, **options):
     def kill(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
