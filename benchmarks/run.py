@@ -301,6 +301,68 @@ def kill(data, quick):
                    "0", found["identical"])]
 
 
+@row("serve")
+def serve(data, quick):
+    """`POST /predict` of both servers, 32 clients, the same weights; and beside it the tight loop, which no server can beat.
+
+    Everything shares this machine: the load comes from wrk where it is installed, which takes less of the cores than Python. Servers
+    are started once and take turns; an idle one costs nothing. The course's runs twice, with torch's own number of threads and with one,
+    and the better counts: beside other busy processes torch's threads wait for each other in a busy loop.
+    """
+    import serving
+
+    photos, seconds, wrk = serving.some_photos(data), 3 if quick else 10, ["--wrk"] if shutil.which("wrk") else []
+    with tempfile.TemporaryDirectory(prefix="grocery-bench-") as folder:
+        model = serving.make_models(data, Path(folder))
+        with (serving.course_server(data, folder) as (theirs, _), serving.course_server(data, folder, OMP_NUM_THREADS="1") as (theirs1, _),
+              serving.our_server(data, model) as (ours, _)):
+            def saturated(url):
+                return serving.only_good(serving.load(url, photos, "--clients", 32, "--seconds", seconds, *wrk), url)["per_second"]
+            for url in (theirs, theirs1, ours): serving.load(url, photos, "--clients", 8, "--seconds", 2)  # warm-up
+            *both, bare, good = take_turns(1 if quick else 5, lambda: saturated(theirs), lambda: saturated(theirs1),
+                                           lambda: serving.tight_processes(model, photos, seconds), lambda: saturated(ours))
+            rate = 0.8 * median(good)
+            def spread_at_80():
+                found = serving.load(ours, photos, "--rate", rate, "--seconds", 2 * seconds)["status"]["200"]
+                return found["p99"] / found["p50"]
+            (tail,) = take_turns(1 if quick else 3, spread_at_80)
+    naive = max(both, key=median)
+    ratio, of_bare = paired_ratio(good, naive), paired_ratio(good, bare)
+    return [Result("POST /predict, 32 clients, fp32 ONNX", "requests/s", naive, good, ">= 4x", ratio >= 4, ratio),
+            Result("the same, beside Pillow + bare ONNX Runtime in a process a core", "pictures/s", bare, good, ">= 0.85x", of_bare >= 0.85, of_bare),
+            Result(f"p99 over p50 at 80% load ({rate:.0f} requests/s, open loop)", "times", [], tail, "<= 2", median(tail) <= 2)]
+
+
+@row("overload")
+def overload(data, quick):
+    "Four times what our server can do, in an open loop; the load generator shares the machine, and a refusal costs something too"
+    import serving
+
+    photos, seconds = serving.some_photos(data), 3 if quick else 10
+    with tempfile.TemporaryDirectory(prefix="grocery-bench-") as folder:
+        model = serving.make_models(data, Path(folder))
+        with serving.our_server(data, model) as (url, pid):
+            def figures():
+                calm = serving.only_good(serving.load(url, photos, "--clients", 32, "--seconds", seconds), url)
+                before = serving.anonymous_mb(pid)
+                wild = serving.load(url, photos, "--rate", 4 * calm["per_second"], "--seconds", seconds)
+                return calm, wild, serving.anonymous_mb(pid) - before
+            serving.load(url, photos, "--rate", 500, "--seconds", 3)  # warm-up: memory rises to what an overload needs
+            (found,) = take_turns(1 if quick else 3, figures)
+    at_saturation, accepted = [[run["status"]["200"]["p99"] for run in runs] for runs in (list(zip(*found))[0], list(zip(*found))[1])]
+    refused = [wild["status"].get("429", {"count": 0, "p99": 0.0}) for _, wild, _ in found]
+    other = sum(s["count"] for _, wild, _ in found for status, s in wild["status"].items() if status not in ("200", "429"))
+    honest = all(wild["retry_after"] == r["count"] > 0 for (_, wild, _), r in zip(found, refused))
+    ratio = paired_ratio(accepted, at_saturation)
+    print(f"overload: answers a second {[round(wild['per_second']) for _, wild, _ in found]}, at saturation "
+          f"{[round(calm['per_second']) for calm, _, _ in found]}; other statuses than 200 and 429: {other}", file=sys.stderr)
+    growth = [mb for _, _, mb in found]
+    return [Result("p99 of accepted at 4x saturation (left: at saturation, 32 clients)", "ms", at_saturation, accepted, "<= 2x", ratio <= 2, ratio),
+            Result("p99 of the 429s, each with Retry-After", "ms", [], [r["p99"] for r in refused], "< 50 ms",
+                   honest and not other and max(r["p99"] for r in refused) < 50),
+            Result("growth of anonymous memory during the overload", "MB", [], growth, "flat: < 10 MB", median(growth) < 10)]
+
+
 # --- the machine, the data, the report --------------------------------------------------------------------------------
 
 def machine():
@@ -405,7 +467,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # measure the checkout that this file lies in, installed or not
     from grocery_nb.core import GroceryError
 
+    from serving import ServingError
+
     try: main()
-    except (BadInput, GroceryError) as e:
+    except (BadInput, GroceryError, ServingError) as e:
         print(e, file=sys.stderr)
         sys.exit(2)

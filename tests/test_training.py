@@ -11,7 +11,7 @@ from conftest import weights
 from grocery_nb.checkpoint import CheckpointError, CheckpointFolder
 from grocery_nb.core import GroceryError
 from grocery_nb.model_utils import create_model, load_model, save_model
-from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, predict,
+from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, mix_batch, predict,
                                     train_epoch, train_model)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -420,3 +420,36 @@ def test_an_epoch_by_hand():
     training = Training(no_batchnorm(), DataLoader(coloured(), 8), 1, 1e-2, recipe=Recipe(accumulate=3))
     train_epoch(training)
     assert training.step == training.steps == training.total_steps == 3 and training.totals[3] == 50
+
+
+def test_mixed_training_resumes_to_the_same_weights(tmp_path):
+    def mixed(seed=0, **options):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        data = TensorDataset(torch.randn(24, 3, 12, 12, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3)
+        return model, train_model(model, DataLoader(data, 4, shuffle=True), 3, 1e-2, progress=False, **options)
+    for share in 0.5, 1.0:
+        whole, history = mixed(mix=share)
+        assert weights(whole) != weights(mixed()[0])
+        with pytest.raises(KeyboardInterrupt): mixed(mix=share, checkpoints=tmp_path/f"{share}", every=1, callbacks=[Recorder(interrupt_at=8)])
+        again, resumed = mixed(seed=5, mix=share, checkpoints=tmp_path/f"{share}", every=1, resume=True)
+        assert weights(again) == weights(whole) and [r["accuracy"] for r in resumed] == [r["accuracy"] for r in history]
+
+
+def test_mixing_draws_nothing_unless_it_is_asked_for():
+    inputs, labels, before = torch.randn(4, 3, 8, 8), torch.arange(4), torch.get_rng_state()
+    same, targets = mix_batch(inputs, labels, 0.0)
+    assert same is inputs and targets == [(labels, 1.0)] and torch.equal(before, torch.get_rng_state())
+    for wrong in -0.1, 1.1, math.nan:
+        with pytest.raises(TrainError, match="mix is"): Recipe(mix=wrong)
+
+
+def test_mixing_keeps_inputs_and_the_sum_of_the_weights():
+    torch.manual_seed(0)
+    for shape in (6, 3, 9, 7), (6, 5):
+        inputs, labels = torch.randn(shape), torch.arange(6)
+        kept = inputs.clone()
+        for _ in range(200):
+            mixed, targets = mix_batch(inputs, labels, 1.0)
+            assert mixed.shape == inputs.shape and torch.isfinite(mixed).all() and torch.equal(inputs, kept)
+            assert sum(weight for _, weight in targets) == pytest.approx(1) and all(0 <= weight <= 1 for _, weight in targets)
