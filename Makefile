@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OFFLINE := http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=127.0.0.1,localhost
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export bench docs clean
+.PHONY: help setup demo serve test lab export bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,15 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)  ## Data, training, evaluation, model and report on Mini Grocery
+	$(BIN)/grocery demo
+
+serve: runs/demo/model.onnx  ## The demo's model behind the backend (port 8000) and the page (port 8050), until Ctrl-C
+	$(BIN)/grocery serve --ui
+
+runs/demo/model.onnx: runs/demo/model.pth
+	$(BIN)/grocery export runs/demo/model.pth
+
+runs/demo/model.pth: | $(READY)
 	$(BIN)/grocery demo
 
 test: $(READY)  ## Notebooks (nbdev_test), then everything that crosses chapters (pytest)

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'data_mini', 'data_validate', 'data_download', 'data_sheet', 'told', 'train_command', 'evaluate_command',
-           'compare_command', 'report_command', 'demo_command', 'add_mini', 'add_data', 'add_demo', 'add_model',
+           'compare_command', 'report_command', 'export_command', 'page_beside', 'ui_command', 'serve_command',
+           'SettingsHelp', 'demo_command', 'add_mini', 'add_data', 'add_demo', 'add_model', 'add_serving',
            'build_parser', 'main']
 
 # %% ../nbs/91_cli.ipynb #a193c8e5
 import argparse
 import json
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
@@ -110,6 +113,59 @@ def report_command(
     "Measure a model file and write the HTML report"
     print(f"Report: {report(measure(options.model, options.data, options.split), options.output)}")
 
+# %% ../nbs/91_cli.ipynb #2c9e7b93
+def export_command(
+    options:argparse.Namespace, # model, output
+):
+    "Write a model as an ONNX file that carries its classes and preprocessing, checked against the original"
+    from grocery_nb.edge import export_file
+    written = export_file(options.model, options.output)
+    print(f"ONNX file: {written} ({written.stat().st_size/1e6:.1f} MB)\nNext:      grocery serve --model {written}")
+
+# %% ../nbs/91_cli.ipynb #1c2273f4
+@contextmanager
+def page_beside(
+    api_url:str, # Where the backend will answer
+    port:int=8050, # Of the page; 0: a free one
+):
+    "Run `grocery ui` in a process of its own for the length of the block"
+    code = "from grocery_nb.cli import main; raise SystemExit(main())"
+    page = subprocess.Popen([sys.executable, "-c", code, "ui", "--api-url", api_url, "--port", str(port)])
+    try: yield page
+    finally:
+        page.terminate()
+        page.wait()
+
+# %% ../nbs/91_cli.ipynb #a6cad1a7
+def ui_command(
+    options:argparse.Namespace, # host, port, api_url
+):
+    "Serve the page, which asks a backend"
+    from grocery_nb.frontend import serve_ui
+    serve_ui(options.host, options.port, options.api_url)
+
+# %% ../nbs/91_cli.ipynb #b071f956
+def serve_command(
+    options:argparse.Namespace, # model, host, port, ui, ui_port
+):
+    "Serve a model over HTTP until Ctrl-C or SIGTERM, and with --ui the page beside it"
+    from grocery_nb.backend import serve
+    from grocery_nb.operations import load_settings
+    flags = {"model_path": options.model, "host": options.host, "port": options.port}
+    settings = load_settings(**{name: value for name, value in flags.items() if value is not None})
+    if not options.ui: return serve(settings)
+    if settings.port == 0: raise GroceryError("The page needs to know the backend's port; give --port a number other than 0, or leave --ui out")
+    with page_beside(f"http://127.0.0.1:{settings.port}", options.ui_port): serve(settings)
+
+# %% ../nbs/91_cli.ipynb #6181ba1d
+class SettingsHelp(argparse.Action):
+    "`--help` that also lists the variables of the environment"
+    def __init__(self, option_strings, dest, **more): super().__init__(option_strings, dest, nargs=0, **more)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from grocery_nb.operations import describe_settings
+        parser.exit(message=f"{parser.format_help()}\nvariables of the environment (name, default, meaning):\n{describe_settings()}\n")
+
 # %% ../nbs/91_cli.ipynb #9c920fed
 RECIPE = ["--recipe", "probe"]
 
@@ -131,7 +187,7 @@ def demo_command(
     page = report(measured, options.output/"report.html")
     print(f"\nTest accuracy: {told(measured.evaluation)}")
     print(f"Data:   {root}\nModel:  {model.resolve()}\nReport: {page.resolve()}")
-    print("\nNext: open the report in a browser; then `make lab` and chapter 00, or `grocery train --help`")
+    print("\nNext: open the report in a browser, or ask the model: grocery serve --ui; then `make lab` and chapter 00")
 
 # %% ../nbs/91_cli.ipynb #08c47d98
 def add_mini(
@@ -207,14 +263,38 @@ def add_model(
     add_demo(commands)
 
 # %% ../nbs/91_cli.ipynb #542d43c1
+def add_serving(
+    commands, # What `add_subparsers` returned
+):
+    "The subcommands that bring a model to its users"
+    export = commands.add_parser("export", help="write a model as an ONNX file, checked against the original")
+    export.add_argument("model", type=Path, help="weights file with its card beside it, such as model.pth")
+    export.add_argument("--output", type=Path, help="the ONNX file (default: beside the model)")
+    export.set_defaults(run=export_command)
+    serve = commands.add_parser("serve", help="answer over HTTP what is in a picture", add_help=False)
+    serve.add_argument("-h", "--help", action=SettingsHelp, help="show this help, and the variables of the environment")
+    serve.add_argument("--model", type=Path, help="model.onnx or model.pth (default: MODEL_PATH, or what grocery demo made)")
+    serve.add_argument("--host", help="address to listen on (default: HOST, or 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on (default: PORT, or 8000)")
+    serve.add_argument("--ui", action="store_true", help="serve the page, too")
+    serve.add_argument("--ui-port", type=int, default=8050, help="port of the page (default: %(default)s)")
+    serve.set_defaults(run=serve_command)
+    ui = commands.add_parser("ui", help="serve the page that asks a backend")
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    ui.add_argument("--port", type=int, default=8050, help="port to listen on (default: %(default)s)")
+    ui.add_argument("--api-url", help="the backend's address (default: API_URL, or http://localhost:8000)")
+    ui.set_defaults(run=ui_command)
+
+# %% ../nbs/91_cli.ipynb #542d43c1
 def build_parser() -> argparse.ArgumentParser:
     "The whole command line of `grocery`"
-    parser = argparse.ArgumentParser(prog="grocery", description="From grocery photos to a model that is measured, one step a command.",
+    parser = argparse.ArgumentParser(prog="grocery", description="From grocery photos to a model that is measured and served, one step a command.",
                                      epilog="Start with: grocery demo. Help on a command: grocery train --help")
     parser.add_argument("--version", action="version", version=f"grocery-nb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_data(commands)
     add_model(commands)
+    add_serving(commands)
     return parser
 
 # %% ../nbs/91_cli.ipynb #8acefbc1

@@ -44,11 +44,12 @@ def share(
 RECIPES = {
     "scratch": dict(epochs=5, learning_rate=1e-3, backbone="mobilenet_v3_small", weights="none", label="coarse"),
     "probe": dict(epochs=20, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="coarse", weight_decay=0.1),
-    "finetune": dict(epochs=6, learning_rate=1.2e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine", schedule="onecycle",
-                     warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0, body_lr=0.5,
-                     probe_epochs=0, train_size=192, train_resize=348, min_area=0.25, light=0.3, tint=0.1)}
-SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=0.0, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0)
-PICTURES = dict(probe_epochs=20, train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
+    "finetune": dict(epochs=12, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine", schedule="onecycle",
+                     warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0, body_lr=0.5, freeze_norm=True, mix=0.5,
+                     train_size=192, train_resize=348, min_area=0.25, light=0.3, tint=0.1)}
+SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=0.0, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0,
+                freeze_norm=False, mix=0.0)
+PICTURES = dict(probe_epochs=20, keep_probe=0.0, train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
 
 # %% ../nbs/06_run_training.ipynb #7276399b
 def add_picture_arguments(
@@ -76,9 +77,12 @@ def add_recipe_arguments(
     add("--accumulate", type=positive(int), help="batches a step")
     add("--clip", type=positive(float), help="norm above which a gradient is shortened")
     add("--label-smoothing", type=share, help="share of each label that is spread over all classes")
+    add("--mix", type=share, help="share of the batches whose photos are mixed with each other")
     add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: every class has the same say (default: %(default)s)")
     add("--ema", type=share, help="decay of the average of the weights, such as 0.99")
     add("--probe-epochs", type=int, help="passes over the features before a fine-tuning; 0: it starts from a fresh last layer")
+    add("--keep-probe", type=share, help="share of the probe's weights in the final ones")
+    add("--freeze-norm", action=argparse.BooleanOptionalAction, help="leave BatchNorm's statistics as they are in the training")
     add("--patience", type=int, help="stop after so many epochs without a better validation; 0: never")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="float32",
         help="of the forward pass; auto measures which is fastest here (default: %(default)s)")
@@ -253,7 +257,8 @@ def fit(
     steps = dict(epochs=options.epochs, lr=options.learning_rate, progress=not options.quiet)
     if options.recipe == "scratch": return train_model(model, loaders[0], val_loader=loaders[1], **steps, **keeping(options, loaders), **settings)
     if options.recipe == "finetune":
-        return finetune(model, *loaders, probe_loader=probe_loader, probe_epochs=options.probe_epochs, **probing(loaders), **steps, **keeping(options, loaders), **settings)
+        return finetune(model, *loaders, probe_loader=probe_loader, probe_epochs=options.probe_epochs, keep_probe=options.keep_probe,
+                        **probing(loaders), **steps, **keeping(options, loaders), **settings)
     return train_probe(model, *loaders, weight_decay=options.weight_decay, batch_size=options.batch_size, **probing(loaders), **steps)
 
 # %% ../nbs/06_run_training.ipynb #1a9b6a47

@@ -19,7 +19,8 @@ ARROWS = {
     "core": set(),
     "synthetic": set(),
     "catalog": {"synthetic"},
-    "data_utils": {"catalog"},
+    "pictures": {"catalog"},
+    "data_utils": {"catalog", "pictures"},
     "model_utils": set(),
     "checkpoint": {"model_utils"},
     "train_utils": {"model_utils", "checkpoint"},
@@ -27,10 +28,19 @@ ARROWS = {
     "evaluation": set(),
     "report": {"evaluation"},
     "run_training": {"catalog", "data_utils", "model_utils", "train_utils", "transfer", "evaluation"},
+    "edge": {"synthetic", "catalog", "pictures", "model_utils"},
+    "uploads": {"pictures"},
+    "batching": set(),
+    "operations": set(),
+    "service": {"catalog", "pictures", "edge", "uploads", "batching", "operations", "model_utils"},
+    "backend": {"catalog", "pictures", "edge", "uploads", "batching", "operations", "service"},
+    "frontend": set(),
     "measuring": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "report", "run_training"},
-    "cli": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "run_training", "measuring"},
+    "cli": {"synthetic", "catalog", "data_utils", "model_utils", "train_utils", "evaluation", "run_training", "measuring",
+            "edge", "operations", "backend", "frontend"},
 }
-WITHOUT_TORCH = {"core", "synthetic", "catalog", "evaluation", "report"}
+WITHOUT_TORCH = {"core", "synthetic", "catalog", "pictures", "evaluation", "report", "edge", "uploads", "batching", "operations", "service", "backend",
+                 "frontend"}
 
 
 def load(path: Path) -> dict:
