@@ -33,6 +33,13 @@ def tiny(tmp_path_factory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("tiny") / "mini", train=3, val=2, test=2, size=64, jobs=1)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    "A folder with model.pth and model.onnx, of random weights"
+    from serving import make_models
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture
 def grocery(tmp_path):
     "Run the command `grocery` as a user would; returns the finished process"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_backend import VERSION, FakeBackend, pictures
-from serving import make_models, running
+from serving import running
 
 from grocery_nb import frontend
 from grocery_nb.frontend import ASSETS, BROWSER_PROBLEMS, ServeError, make_ui_server
@@ -37,11 +37,6 @@ def served(api_url: str):
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
