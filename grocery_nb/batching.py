@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['BatchError', 'QueueFull', 'DeadlinePassed', 'Draining', 'check_settings', 'Waiting', 'WaitingLine', 'take_batch',
-           'check_results', 'call_run', 'Outcome', 'run_batch', 'WorkerThreads', 'Average', 'patience', 'Dispatcher',
-           'Admission', 'Batcher']
+           'check_results', 'call_run', 'Outcome', 'run_batch', 'step_back', 'WorkerThreads', 'Average', 'patience',
+           'Dispatcher', 'Admission', 'Batcher']
 
 # %% ../nbs/08b_batching.ipynb #e4327c80
 import asyncio
 import math
+import os
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, get_native_id
 
 from .core import GroceryError
 
@@ -142,6 +144,13 @@ def run_batch(
     try: return Outcome(batch, ran, results, error, started, time.monotonic() - started)
     finally: del batch, ran, results, error  # an error's traceback keeps this frame, and the frame what it names
 
+# %% ../nbs/08b_batching.ipynb #9e546d5c
+def step_back(
+    nice:int, # How far, 0 to 19
+):
+    "Let other threads go first when there are too few cores: for the calling thread, and on Linux, where a thread has a priority of its own"
+    if nice and sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, get_native_id(), nice)
+
 # %% ../nbs/08b_batching.ipynb #3cb35a52
 class WorkerThreads:
     "Threads that call `run` on batches; `done` gets each `Outcome`, in the event loop's thread"
@@ -150,8 +159,10 @@ class WorkerThreads:
         run:Callable[[list], list], # The model; several threads call it at once
         count:int, # Threads
         done:Callable, # Gets an `Outcome`
+        nice:int=0, # How far they step back behind other threads
     ):
         self.run, self.done, self.idle, self.handed, self.loop = run, done, count, SimpleQueue(), asyncio.get_running_loop()
+        self.nice = nice
         self.threads = [Thread(target=self.work, name=f"batch-worker-{i}", daemon=True) for i in range(count)]
         for thread in self.threads: thread.start()
 
@@ -160,6 +171,7 @@ class WorkerThreads:
         self.handed.put(batch)
 
     def work(self):
+        step_back(self.nice)
         while self.one(self.handed.get()): pass
 
     def one(self, batch):
@@ -214,10 +226,11 @@ class Dispatcher:
         queue_limit:int=64, # Items that wait, at most
         workers:int=1, # Threads that call `run`, and batches at once
         observer:"Callable|None"=None, # Called for each batch with its size, its longest wait and the seconds of `run`
+        nice:int=0, # How far the workers step back behind other threads, 0 to 19
     ):
         check_settings(max_batch, max_wait, queue_limit, workers)
         self.run, self.max_batch, self.max_wait, self.queue_limit = run, max_batch, max_wait, queue_limit
-        self.workers, self.observer, self.full = workers, observer, min(max_batch, queue_limit)
+        self.workers, self.observer, self.nice, self.full = workers, observer, nice, min(max_batch, queue_limit)
         self.line, self.gap, self.pace, self.last = WaitingLine(), Average(), Average(), -math.inf
         self.loop, self.threads, self.alarm, self.draining = None, None, None, False
 
@@ -292,7 +305,7 @@ class Batcher(Admission):
     def start(self):
         if self.threads: raise BatchError("The batcher has been started already; make a new one for each event loop")
         self.loop = asyncio.get_running_loop()
-        self.threads = WorkerThreads(self.run, self.workers, self.finish)
+        self.threads = WorkerThreads(self.run, self.workers, self.finish, self.nice)
         return self
 
     async def submit(

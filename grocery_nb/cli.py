@@ -285,7 +285,7 @@ def add_serving(
     ui.add_argument("--api-url", help="the backend's address (default: API_URL, or http://localhost:8000)")
     ui.set_defaults(run=ui_command)
 
-# %% ../nbs/91_cli.ipynb #542d43c1
+# %% ../nbs/91_cli.ipynb #d885adbc
 def build_parser() -> argparse.ArgumentParser:
     "The whole command line of `grocery`"
     parser = argparse.ArgumentParser(prog="grocery", description="From grocery photos to a model that is measured and served, one step a command.",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .batching import Average, Batcher
+from .batching import Average, Batcher, step_back
 from .catalog import data_dir, load_split
 from .core import GroceryError, needs
 from .edge import OnnxPredictor, Predictor, answer, edge_card
@@ -47,7 +47,7 @@ class TorchPredictor:
         path:Path, # A file of weights with its card beside it
         threads:int=1, # Of one run of the model
     ):
-        import torch
+        with needs("train"): import torch
         from grocery_nb.model_utils import DEVICE, load_model
         torch.set_num_threads(threads)
         self.torch, self.device, self.path, self.model = torch, DEVICE, path, load_model(None, path)
@@ -117,7 +117,8 @@ class Engine(BatchRuns, Held):
         BatchRuns.__init__(self, predictor, metrics)
         Held.__init__(self)
         places = max(settings.queue_limit, MOST_FILES)
-        self.batcher = Batcher(self.run, settings.max_batch, settings.max_wait_ms/1000, places, settings.threads, self.observe)
+        self.batcher = Batcher(self.run, settings.max_batch, settings.max_wait_ms/1000, places, settings.threads, self.observe,
+                               settings.compute_nice)
 
     async def retire(self, timeout:float):
         "Wait until nobody holds it, at most so many seconds, then end its threads"
@@ -248,7 +249,7 @@ class Service:
         self.settings, self.metrics, self.draining = settings, Metrics(), False
         self.models, self.capacity = ModelSlot(settings, self.metrics), Capacity(settings.queue_limit)
         self.limits = Limits(max_bytes=settings.max_upload_bytes, max_pixels=settings.max_pixels)
-        self.decoders = ThreadPoolExecutor(settings.decoders, "decode")
+        self.decoders = ThreadPoolExecutor(settings.decoders, "decode", step_back, (settings.compute_nice,))
         self.flags, self.gallery = FlagStore(settings.flag_dir, settings.flag_max_bytes), Gallery(settings.data)
         self.metrics.in_flight.set_function(lambda: self.capacity.taken)
         self.metrics.depth.set_function(lambda: self.models.engine.batcher.depth if self.models.engine else 0)

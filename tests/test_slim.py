@@ -116,8 +116,7 @@ def test_clean_environment_serves_without_torch(slim, model, tmp_path):
 
 @pytest.mark.parametrize("arguments", [
     ["export", "model.pth"], ["train"],
-    pytest.param(["serve", "--model", "model.pth", "--port", "0"],
-                 marks=pytest.mark.xfail(strict=True, reason="TorchPredictor imports torch outside of needs('train')"))])
+    ["serve", "--model", "model.pth", "--port", "0"]])
 def test_what_it_lacks_it_says(slim, tmp_path, arguments):
     (tmp_path / "model.pth").write_bytes(b"PK")
     done = subprocess.run([slim / "grocery", *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=60)
