@@ -2,6 +2,7 @@
 
     load.py URL PHOTO... --clients 32 --seconds 10            a closed loop: each client waits for its answer and asks again
     load.py URL PHOTO... --rate 800 --seconds 10              an open loop: requests come when they come (Poisson), whatever became of others
+    load.py URL PHOTO... --rate 800 --even --seconds 10      the same with equal times between the requests, as wrk2 and k6 send them
     load.py URL PHOTO... --clients 32 --seconds 10 --wrk      a closed loop by wrk, which costs less of the machine under test
 
 It prints one line of JSON: throughput, and for each status its count and the milliseconds of its answers. In the open loop the time of
@@ -100,10 +101,10 @@ class Load:
             while (now := time.perf_counter()) < end: await self.one(now)
         await asyncio.gather(*[client() for _ in range(clients)])
 
-    async def open(self, rate: float, seconds: float):
+    async def open(self, rate: float, seconds: float, even=False):
         start = due = time.perf_counter()
         tasks = set()
-        while (due := due + self.random.expovariate(rate)) < start + seconds:
+        while (due := due + (1 / rate if even else self.random.expovariate(rate))) < start + seconds:
             if (wait := due - time.perf_counter()) > 0: await asyncio.sleep(wait)
             task = asyncio.create_task(self.one(due))
             tasks.add(task)
@@ -128,9 +129,9 @@ def summary(notes: list, seconds: float, retry_after: int, late: list) -> dict:
                        for status, ms in sorted(statuses.items())}}
 
 
-async def measure(url, photos, seconds, clients=None, rate=None, seed=0) -> dict:
+async def measure(url, photos, seconds, clients=None, rate=None, even=False, seed=0) -> dict:
     load, start = Load(url, photos, seed), time.perf_counter()
-    await (load.open(rate, seconds) if rate else load.closed(clients, seconds))
+    await (load.open(rate, seconds, even) if rate else load.closed(clients, seconds))
     load.close()
     return summary(load.notes, max(note[2] for note in load.notes) - start if load.notes else seconds, load.retry_after, load.late)
 
@@ -178,13 +179,15 @@ def main():
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--clients", type=int)
     parser.add_argument("--rate", type=float, help="requests a second, in an open loop")
+    parser.add_argument("--even", action="store_true", help="with --rate: equal times between the requests instead of random ones")
     parser.add_argument("--wrk", action="store_true", help="let wrk make the closed loop")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if (args.clients is None) == (args.rate is None): raise LoadError("Give either --clients or --rate")
+    if args.even and not args.rate: raise LoadError("--even goes with --rate")
     if args.wrk and args.rate: raise LoadError("wrk knows no open loop: leave out --wrk or --rate")
     if args.wrk: found = measure_wrk(args.url, args.photos, args.seconds, args.clients)
-    else: found = asyncio.run(measure(args.url, args.photos, args.seconds, args.clients, args.rate, args.seed))
+    else: found = asyncio.run(measure(args.url, args.photos, args.seconds, args.clients, args.rate, args.even, args.seed))
     print(json.dumps(found))
 
 
