@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,10 +159,18 @@ def test_missing_extra_says_its_name(module, absent, extra):
     assert f"pip install 'grocery-nb[{extra}]'" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def filtered() -> dict:
+    "Every notebook as Quarto gets it; two at a time, since each costs a start of Python with nbdev"
+    def run(path):
+        return subprocess.run([sys.executable, ROOT / "nbs" / "_filter.py"], input=path.read_text(encoding="utf-8"),
+                              capture_output=True, text=True, cwd=ROOT / "nbs", timeout=120)
+    with ThreadPoolExecutor(2) as pool: return dict(zip(NOTEBOOKS, pool.map(run, NOTEBOOKS)))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids(NOTEBOOKS))
-def test_site_filter(path):
-    done = subprocess.run([sys.executable, ROOT / "nbs" / "_filter.py"], input=path.read_text(encoding="utf-8"),
-                          capture_output=True, text=True, cwd=ROOT / "nbs", timeout=120)
+def test_site_filter(path, filtered):
+    done = filtered[path]
     assert done.returncode == 0, done.stderr
     assert "imports and other code" not in done.stderr, "a cell with an import and other code would run at every render"
     cells = json.loads(done.stdout)["cells"]
