@@ -187,11 +187,11 @@ def test_camera(page):
     page.wait_for_selector("#snap:not([disabled])")
     page.keyboard.press("Escape")
     assert not page.locator("#camera-dialog").is_visible() and page.evaluate("document.activeElement.id") == "camera"
-    assert page.evaluate("document.getElementById('camera-video').srcObject === null")
+    page.wait_for_function("document.getElementById('camera-video').srcObject === null")  # the event comes after the dialog has closed
     page.click("#camera")
     page.click("#snap")
     assert answer(page) and page.get_attribute("#preview", "src").startswith("data:image/jpeg")
-    assert page.evaluate("document.getElementById('camera-video').srcObject === null")
+    page.wait_for_function("document.getElementById('camera-video').srcObject === null")  # the event comes after the dialog has closed
 
 
 def test_camera_that_fails(page):
