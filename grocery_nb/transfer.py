@@ -270,8 +270,8 @@ def finetune(
                            cache=cache, key=key, progress=progress, **loss)
     if probe_loader is not None:
         before = probe() if checkpoints is None else probe_once(model, checkpoints, probe, {**same, **loss}, resume)
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start = copy.deepcopy(model.state_dict()) if keep_probe else None
     after = train_model(set_momentum(model, momentum), train_loader, epochs, lr, val_loader, progress, callbacks, checkpoints, every, resume, same, **recipe)
-    blend(model, start, keep_probe)
+    if keep_probe: blend(model, start, keep_probe)
     return [{"phase": "probe", **record} for record in before] + [
         {"phase": "finetune", **record, "epoch": len(before) + record["epoch"]} for record in after]
