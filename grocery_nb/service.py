@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_FILES', 'LEAST_MS', 'MOST_MS', 'PLACES', 'LARGE', 'ServiceError', 'TorchPredictor', 'open_predictor',
-           'attempted', 'BatchRuns', 'Held', 'Engine', 'Background', 'reason', 'ModelSlot', 'overloaded', 'Capacity',
-           'validation_pictures', 'Gallery', 'jpeg', 'Service', 'Listener', 'too_late', 'Visit', 'deadline_seconds',
-           'places_for', 'AdmissionControl', 'decode', 'raised', 'classify']
+           'attempted', 'Answers', 'BatchRuns', 'Held', 'Engine', 'Background', 'reason', 'ModelSlot', 'overloaded',
+           'Capacity', 'validation_pictures', 'Gallery', 'jpeg', 'Service', 'Listener', 'too_late', 'Visit',
+           'deadline_seconds', 'places_for', 'AdmissionControl', 'decode', 'raised', 'classify']
 
 # %% ../nbs/08d_service.ipynb #abbeb9cd
 import asyncio
@@ -79,24 +79,14 @@ def attempted(
     except Exception as e: return e
 
 # %% ../nbs/08d_service.ipynb #37e5c885
-class BatchRuns:
-    "A predictor as the batcher calls it"
+class Answers:
+    "A predictor, and what is said and counted about its batches"
     def __init__(
         self,
         predictor:Predictor, # As `open_predictor` gives it
         metrics:Metrics, # Where to count
     ):
         self.predictor, self.card, self.metrics = predictor, predictor.card, metrics
-
-    def run(self, items:list) -> list: # (work, top_k) -> (answer, when the batch began, seconds of decoding and of the model), or an error
-        "Decode a batch, and run the model on what is good; called in the batcher's threads, where `work()` gives (pixels, seconds)"
-        began, decoded = time.perf_counter(), [attempted(work) for work, _ in items]
-        pixels, start = [one[0] for one in decoded if isinstance(one, tuple)], time.perf_counter()
-        logits = iter(self.predictor.logits(np.stack(pixels)) if pixels else ())
-        took = time.perf_counter()-start
-        if pixels: self.metrics.run.observe(took)
-        return [(self.tell(next(logits), top_k), began, one[1], took) if isinstance(one, tuple) else one
-                for one, (_, top_k) in zip(decoded, items)]
 
     def tell(self, row:np.ndarray, top_k:int) -> dict: # Logits of one picture
         "The answer for one picture"
@@ -106,6 +96,19 @@ class BatchRuns:
         "Count one batch"
         self.metrics.batches.observe(size)
         self.metrics.queue.observe(waited)
+
+# %% ../nbs/08d_service.ipynb #dc8e81f1
+class BatchRuns(Answers):
+    "A predictor as the batcher calls it"
+    def run(self, items:list) -> list: # (work, top_k) -> (answer, when the batch began, seconds of decoding and of the model), or an error
+        "Decode a batch, and run the model on what is good; called in the batcher's threads, where `work()` gives (pixels, seconds)"
+        began, decoded = time.perf_counter(), [attempted(work) for work, _ in items]
+        pixels, start = [one[0] for one in decoded if isinstance(one, tuple)], time.perf_counter()
+        logits = iter(self.predictor.logits(np.stack(pixels)) if pixels else ())
+        took = time.perf_counter()-start
+        if pixels: self.metrics.run.observe(took)
+        return [(self.tell(next(logits), top_k), began, one[1], took) if isinstance(one, tuple) else one
+                for one, (_, top_k) in zip(decoded, items)]
 
 # %% ../nbs/08d_service.ipynb #4a0bfd9d
 class Held:
