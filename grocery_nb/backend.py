@@ -278,7 +278,8 @@ class BodyLimit(RequestBodyLimitMiddleware):
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        if not length.isdigit() or int(length[:18]) <= self.max_body_size: return await super().__call__(scope, receive, send)
+        if not length.isdigit(): return await super().__call__(scope, receive, send)
+        if int(length[:18]) <= self.max_body_size: return await self.app(scope, receive, send)
         error = ApiError("too_large", f"A request may have {self.max_body_size} bytes, and this one announces {length[:18].decode()}.")
         await error_response(error, scope["state"]["request_id"])(scope, receive, send)
 
@@ -293,6 +294,7 @@ async def lifespan(
     if not logging.getLogger("grocery_nb").handlers: setup_logging(service.settings.log_level)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
     service.models.spawn(service.models.load())
     yield
     gc.unfreeze()

@@ -167,11 +167,13 @@ def request_id(
 # %% ../nbs/08c_operations.ipynb #daa0e371
 class JsonFormatter(logging.Formatter):
     "One line of JSON a record; `extra={\"fields\": {...}}` adds to it"
+    encode = json.JSONEncoder(default=str).encode # Made once; `json.dumps` with an option makes a new encoder for each call
+
     def format(self, record):
         entry = {"time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
                  "level": record.levelname, "event": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info: entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
+        return self.encode(entry)
 
 # %% ../nbs/08c_operations.ipynb #f3f6f25c
 def setup_logging(
