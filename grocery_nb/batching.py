@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BatchError', 'QueueFull', 'DeadlinePassed', 'Draining', 'check_settings', 'Waiting', 'WaitingLine', 'take_batch',
            'check_results', 'call_run', 'Outcome', 'run_batch', 'step_back', 'WorkerThreads', 'Average', 'patience',
-           'Dispatcher', 'Admission', 'Batcher']
+           'fair_share', 'Dispatcher', 'Admission', 'Batcher']
 
 # %% ../nbs/08b_batching.ipynb #e4327c80
 import asyncio
@@ -215,6 +215,15 @@ def patience(
     if count >= full or gap >= max_wait: return 0.0
     return max_wait - waited
 
+# %% ../nbs/08b_batching.ipynb #f760cfbb
+def fair_share(
+    count:int, # Items in the line
+    workers:int, # Threads
+    most:int, # Largest batch
+) -> int: # Items
+    "How many items a free worker takes (Polychronopoulos and Kuck 1987, IEEE Transactions on Computers C-36(12), section III)"
+    return min(most, math.ceil(count/workers))
+
 # %% ../nbs/08b_batching.ipynb #ec069f8a
 class Dispatcher:
     "The waiting line, the workers, and the decision when a batch starts; lives in the thread of one event loop"
@@ -240,7 +249,8 @@ class Dispatcher:
             waited = now - self.line.oldest().arrived
             left = 0 if self.draining else patience(len(self.line), self.full, waited, self.max_wait, self.gap.value)
             if left > 0: return self.set_alarm(left)
-            if batch := take_batch(self.line, self.max_batch, now): self.threads.hand(batch)
+            most = fair_share(len(self.line), self.workers, self.max_batch)
+            if batch := take_batch(self.line, most, now): self.threads.hand(batch)
 
     def set_alarm(self, seconds):
         if self.alarm is None: self.alarm = self.loop.call_later(seconds, self.ring)
