@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     deadline_ms: int = Field(10_000, ge=10, le=600_000, description="time for a request, its upload included; then 408 or 504")
     max_upload_bytes: int = Field(10 << 20, ge=1024, le=1 << 30, description="bytes of one request's body, at most; then 413")
     max_pixels: int = Field(25_000_000, ge=1, le=500_000_000, description="pixels of one picture, at most; then 413")
-    decoders: int = Field(default_factory=usable_cores, ge=1, le=256, description="large uploads decoded at once (default: one a core)")
+    decoders: int = Field(default_factory=usable_cores, ge=1, le=256, description="large pictures decoded at once (default: one a core)")
     threads: int = Field(default_factory=lambda: usable_cores()+1, ge=1, le=256, description="batches in work at once (default: one a core, and one)")
     compute_nice: int = Field(10, ge=0, le=19, description="how far decoding and model step back behind the event loop (Linux)")
     data: str = Field("mini", min_length=1, description="data set behind /random-image: mini, grocery, or a folder")

@@ -10,6 +10,7 @@ __all__ = ['STATUS', 'READABLE', 'OTHERS', 'STARTS', 'TAKEN', 'SOS', 'FRAMES', '
 
 # %% ../nbs/08a_uploads.ipynb #15315b44
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from struct import error as StructError
@@ -321,10 +322,12 @@ def as_shown(
 def safe_decode(
     data:bytes, # What a stranger sent
     limits:Limits=Limits(), # Of bytes, pixels, shape, parts and formats
+    before:"Callable|None"=None, # Called with the `Header` of a picture within the limits, before any pixel is decoded
 ) -> Image.Image: # RGB, upright, fully decoded; the first frame of an animation
     "A picture as a viewer shows it, or an `UploadError`; may be called from several threads"
     header = read_header(data, limits)
     check_limits(header, limits)
+    if before: before(header)
     try:
         image = Image.open(BytesIO(header.data), formats=[header.format])
         if image.size != (header.width, header.height): raise ValueError("its size is not the one in its header")
