@@ -34,7 +34,8 @@ from .batching import DeadlinePassed, Draining, QueueFull
 from .core import GroceryError, needs
 from .operations import (CODES, ApiError, BoundedProtocol, Observed, Settings, SettingsError, error_response, load_settings,
                                    setup_logging)
-from .service import LARGE, LEAST_MS, MOST_FILES, MOST_MS, AdmissionControl, Engine, Service, classify, decoded, jpeg, overloaded, too_late
+from .service import (LARGE, LEAST_MS, MOST_FILES, MOST_MS, AdmissionControl, Engine, Service, classify, decoded, jpeg, overloaded,
+                                return_freed_memory, too_late)
 from .uploads import UploadError
 
 # %% ../nbs/09_backend.ipynb #709d32be
@@ -527,6 +528,7 @@ def serve(
     settings = settings or load_settings()
     log, app = setup_logging(settings.log_level), create_app(settings)
     service = app.state.service
+    return_freed_memory()
     with listen(settings) as opened:
         host, port = opened.getsockname()[:2]
         log.info("listening", extra={"fields": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})

@@ -6,10 +6,12 @@
 __all__ = ['MOST_FILES', 'LEAST_MS', 'MOST_MS', 'PLACES', 'HEAVY', 'LARGE', 'ServiceError', 'TorchPredictor', 'open_predictor',
            'attempted', 'Answers', 'BatchRuns', 'Held', 'Engine', 'Background', 'reason', 'ModelSlot', 'overloaded',
            'Capacity', 'validation_pictures', 'Gallery', 'jpeg', 'Service', 'Listener', 'too_late', 'Visit',
-           'deadline_seconds', 'places_for', 'AdmissionControl', 'decoded', 'decode', 'raised', 'classify']
+           'deadline_seconds', 'places_for', 'AdmissionControl', 'decoded', 'return_freed_memory', 'decode', 'raised',
+           'classify']
 
 # %% ../nbs/08d_service.ipynb #abbeb9cd
 import asyncio
+import ctypes
 import io
 import logging
 import math
@@ -69,6 +71,8 @@ def open_predictor(
 ) -> Predictor: # Warm
     "Load a model file; a `GroceryError` says why it cannot be used"
     if not os.path.isfile(path): raise ServiceError(f"There is no model file {path}; make one with `grocery demo`, or set MODEL_PATH")
+    if engine == "torch" and not path.with_suffix(".json").is_file():
+        raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its card model.json beside it")
     return OnnxPredictor(path, threads=1) if engine == "onnx" else TorchPredictor(path, threads=1)
 
 # %% ../nbs/08d_service.ipynb #91d37e39
@@ -414,6 +418,16 @@ def decoded(
         def wait(header):
             if header.width*header.height > HEAVY: held.enter_context(turns)
         yield safe_decode(data, limits, wait)
+
+# %% ../nbs/08d_service.ipynb #90d25dfc
+def return_freed_memory(
+    block:int=8 << 20, # Bytes of a block that is large
+    spare:int=64 << 20, # Bytes that may be kept for small ones
+) -> bool: # False where there is no glibc
+    "Have glibc give large blocks back as soon as they are freed (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)"
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False
+    return all([mallopt(-3, block), mallopt(-1, spare)])
 
 # %% ../nbs/08d_service.ipynb #1e4a2c51
 def decode(

@@ -202,6 +202,66 @@ def test_odd_but_good_uploads(client):
     assert refused == {}
 
 
+def test_the_fast_lane_says_what_the_framework_says(servers, uploads):
+    "A parameter, even the default, makes a request take the long way through FastAPI: nobody may notice a difference"
+    def told(reply): return reply.status_code, {**reply.json(), "error": {**reply.json().get("error", {}), "request_id": ""}}
+    odd = {name: good[0] if isinstance(good, tuple) else good for name, good in hostile.odd_but_good().items()}
+    with servers["onnx"].client() as client:
+        for name, data in (uploads | odd | {"photo": photo()}).items():
+            ways = [told(client.post("/predict", files={"file": (name, data)}, params=params)) for params in ({}, {"top_k": 5})]
+            if ways[0] != ways[1]: raise AssertionError((name, *ways))
+
+
+FORMS = {  # name: (Content-Type, body), {} is the boundary
+    "curl": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "type first": ("multipart/form-data; boundary=X", b'--X\r\nContent-Type: image/jpeg\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "preamble": ("multipart/form-data; boundary=X", b'hello\r\n--X\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "quoted boundary": ('multipart/form-data; boundary="X"', b'--X\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\nPHOTO\r\n--X--'),
+    "two files": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nhello\r\n--X\r\nContent-Disposition: form-data; name="file"; filename="b"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "boundary as a beginning": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--XY\r\n--X--\r\n'),
+    "a text": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "other name": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="photo"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "no end": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO'),
+    "more behind": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\nmore'),
+    "other boundary": ("multipart/form-data; boundary=Y", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "no boundary": ("multipart/form-data", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\n'),
+    "bare lines": ("multipart/form-data; boundary=X", b'--X\nContent-Disposition: form-data; name="file"; filename="a"\n\nPHOTO\n--X--\n'),
+    "no form": ("image/jpeg", b"PHOTO"), "urlencoded": ("application/x-www-form-urlencoded", b"file=PHOTO"), "nothing": ("", b""),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_in_every_style(servers, name):
+    "The lane takes the plain ones only, and what it does not take must arrive behind it whole"
+    kind, body = FORMS[name]
+    with servers["onnx"].client() as client:
+        ways = [client.post("/predict", content=body.replace(b"PHOTO", photo()), headers={"Content-Type": kind}, params=params) for params in ({}, {"top_k": 5})]
+    short, long = [(way.status_code, way.json().get("top_k"), way.json().get("error", {}).get("message")) for way in ways]
+    assert short == long and short[0] < 500
+    if name in ("curl", "quoted boundary", "type first"): assert short[0] == 200
+    if name in ("a text", "other name", "no end", "other boundary", "no boundary", "no form", "urlencoded", "nothing"): assert short[0] == 422
+
+
+def test_heavy_pictures_take_turns(models, tmp_path):
+    "Thirty kilobytes that unpack to 75 MB, a dozen at once: only as many are in memory as have a turn, and light ones pass"
+    bomb = BytesIO()
+    Image.new("RGB", (5000, 4990)).save(bomb, "PNG")
+    with running(tmp_path, MODEL_PATH=models / "model.onnx", DECODERS=1, THREADS=3, MAX_BATCH=1, block="torch") as server, server.client() as client:
+        client.post("/predict", files={"file": bomb.getvalue()})
+        process = psutil.Process(server.process.pid)
+        before, highest, watching = process.memory_info().rss, [0], threading.Event()
+
+        def watch():
+            while not watching.wait(0.005): highest[0] = max(highest[0], process.memory_info().rss)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        replies = at_once(12, lambda number: client.post("/predict", files={"file": bomb.getvalue() if number else photo()}))
+        watching.set()
+        thread.join()
+        assert {reply.status_code for reply in replies} == {200}
+        assert highest[0] - before <= 150 << 20, f"memory rose by {highest[0] - before >> 20} MB"
+
+
 def test_model_needs_the_token(client):
     error(client.post("/model", json={"path": "model.onnx"}), 401, "unauthorized")
     error(client.post("/model", json={"path": "model.onnx"}, headers={"Authorization": "Bearer wrong"}), 401, "unauthorized")
