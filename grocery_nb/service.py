@@ -53,6 +53,8 @@ class TorchPredictor:
     ):
         with needs("train"): import torch
         from grocery_nb.model_utils import DEVICE, load_model
+        if not Path(path).with_suffix(".json").is_file():
+            raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its model.json beside it")
         torch.set_num_threads(threads)
         self.torch, self.device, self.path, self.model = torch, DEVICE, path, load_model(None, path)
         self.card, self.version = edge_card(self.model.card), self.model.card.sha256[:12]
@@ -71,8 +73,6 @@ def open_predictor(
 ) -> Predictor: # Warm
     "Load a model file; a `GroceryError` says why it cannot be used"
     if not os.path.isfile(path): raise ServiceError(f"There is no model file {path}; make one with `grocery demo`, or set MODEL_PATH")
-    if engine == "torch" and not path.with_suffix(".json").is_file():
-        raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its card model.json beside it")
     return OnnxPredictor(path, threads=1) if engine == "onnx" else TorchPredictor(path, threads=1)
 
 # %% ../nbs/08d_service.ipynb #91d37e39

@@ -246,7 +246,8 @@ def test_heavy_pictures_take_turns(models, tmp_path):
     "Thirty kilobytes that unpack to 75 MB, a dozen at once: only as many are in memory as have a turn, and light ones pass"
     bomb = BytesIO()
     Image.new("RGB", (5000, 4990)).save(bomb, "PNG")
-    with running(tmp_path, MODEL_PATH=models / "model.onnx", DECODERS=1, THREADS=3, MAX_BATCH=1, block="torch") as server, server.client() as client:
+    with running(tmp_path, MODEL_PATH=models / "model.onnx", DECODERS=1, THREADS=3, MAX_BATCH=1, DEADLINE_MS=50_000,
+                 block="torch") as server, server.client() as client:
         client.post("/predict", files={"file": bomb.getvalue()})
         process = psutil.Process(server.process.pid)
         before, highest, watching = process.memory_info().rss, [0], threading.Event()
