@@ -34,9 +34,9 @@ from .batching import DeadlinePassed, Draining, QueueFull
 from .core import GroceryError, needs
 from .operations import (CODES, ApiError, BoundedProtocol, Observed, Settings, SettingsError, error_response, load_settings,
                                    setup_logging)
-from .service import (LARGE, LEAST_MS, MOST_FILES, MOST_MS, AdmissionControl, Engine, Service, classify, decoded, jpeg, overloaded,
+from .service import (LARGE, LEAST_MS, MOST_FILES, MOST_MS, AdmissionControl, Engine, Service, classify, jpeg, overloaded,
                                 return_freed_memory, too_late)
-from .uploads import UploadError
+from .uploads import UploadError, safe_decode
 
 # %% ../nbs/09_backend.ipynb #709d32be
 with needs("serve"):
@@ -390,7 +390,7 @@ def keep(
     *row:str, # Label, prediction, version of the model
 ) -> str: # Name of the stored file
     "Check a picture once more, and store its bytes; runs in a decoding thread"
-    with decoded(data := file.read(), service.limits, service.turns): pass
+    safe_decode(data := file.read(), service.limits)
     return service.flags.add(data, *row)
 
 # %% ../nbs/09_backend.ipynb #b39bab84
