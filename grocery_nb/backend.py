@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from . import __version__
 from .batching import DeadlinePassed, Draining, QueueFull
 from .core import GroceryError, needs
-from .operations import (CODES, ApiError, BoundedProtocol, Observed, Settings, SettingsError, error_response, load_settings,
+from .operations import (CODES, ApiError, BoundedProtocol, Observed, Settings, SettingsError, error_response, header, load_settings,
                                    setup_logging)
 from .service import (LARGE, LEAST_MS, MOST_FILES, MOST_MS, AdmissionControl, Engine, Service, classify, jpeg, overloaded,
                                 return_freed_memory, too_late)
@@ -252,7 +252,7 @@ def is_small_predict(
 ) -> bool:
     "Whether a request is a `POST /predict` without parameters that announces a small body"
     if scope["type"] != "http" or (scope["path"], scope["method"], scope["query_string"]) != ("/predict", "POST", b""): return False
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    length = header(scope["headers"], b"content-length")
     return length.isdigit() and len(length) < 9 and int(length) <= LARGE
 
 # %% ../nbs/09_backend.ipynb #d118ec8d
@@ -264,7 +264,7 @@ class FastLane:
         if not is_small_predict(scope): return await self.app(scope, receive, send)
         messages = [await receive()]
         while messages[-1].get("more_body"): messages.append(await receive())
-        body, kind = b"".join(message.get("body", b"") for message in messages), dict(scope["headers"]).get(b"content-type", b"")
+        body, kind = b"".join(message.get("body", b"") for message in messages), header(scope["headers"], b"content-type")
         if (data := plain_file(body, kind)) is None: return await self.app(scope, replayed(messages, receive), send)
         upload, request = SimpleNamespace(file=io.BytesIO(data), size=len(data)), Request(scope)
         try: answer = await respond(service_of(request), upload, TOP_K.default, request.state.visit.deadline)
@@ -278,7 +278,7 @@ class BodyLimit(RequestBodyLimitMiddleware):
     "Starlette's limit on a body, announced or in chunks, that refuses in the one shape of error"
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        length = header(scope["headers"], b"content-length")
         if not length.isdigit(): return await super().__call__(scope, receive, send)
         if int(length[:18]) <= self.max_body_size: return await self.app(scope, receive, send)
         error = ApiError("too_large", f"A request may have {self.max_body_size} bytes, and this one announces {length[:18].decode()}.")

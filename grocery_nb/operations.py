@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CODES', 'SANE_ID', 'SECONDS', 'HEADER_BYTES', 'HEADER_LINES', 'ENDINGS', 'SettingsError', 'usable_cores', 'Settings',
-           'allowed', 'load_settings', 'describe_settings', 'ApiError', 'error_response', 'request_id', 'JsonFormatter',
-           'setup_logging', 'Metrics', 'Observed', 'RefusingProtocol', 'CountingProtocol', 'BoundedProtocol',
-           'stored_name', 'append_row', 'FlagStore']
+           'allowed', 'load_settings', 'describe_settings', 'ApiError', 'error_response', 'header', 'request_id',
+           'JsonFormatter', 'setup_logging', 'Metrics', 'Observed', 'RefusingProtocol', 'CountingProtocol',
+           'BoundedProtocol', 'stored_name', 'append_row', 'FlagStore']
 
 # %% ../nbs/08c_operations.ipynb #10f1da91
 import csv
@@ -154,6 +154,15 @@ def error_response(
     body = {"error": {"code": error.code, "message": str(error), "request_id": request_id}}
     return Response(json.dumps(body), error.status, error.headers, "application/json")
 
+# %% ../nbs/08c_operations.ipynb #d5c5a42a
+def header(
+    headers:list, # [(name, value), ...] as ASGI has them
+    name:bytes, # In lower case
+    absent:"bytes|None"=b"", # The answer if there is none
+) -> "bytes|None":
+    "The first value of a header"
+    return next((value for found, value in headers if found == name), absent)
+
 # %% ../nbs/08c_operations.ipynb #b6b043fd
 SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -161,7 +170,7 @@ def request_id(
     headers:list, # [(name, value), ...] as ASGI has them: bytes, names in lower case
 ) -> str: # The client's X-Request-ID if it is harmless, else a new one
     "The id under which this request appears in logs and in its answer"
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    given = header(headers, b"x-request-id")
     return given.decode() if SANE_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
 
 # %% ../nbs/08c_operations.ipynb #daa0e371

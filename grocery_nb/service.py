@@ -29,7 +29,7 @@ from .batching import Average, Batcher, step_back
 from .catalog import data_dir, load_split
 from .core import GroceryError, needs
 from .edge import OnnxPredictor, Predictor, answer, edge_card
-from .operations import ApiError, FlagStore, Metrics, Settings, error_response, setup_logging
+from .operations import ApiError, FlagStore, Metrics, Settings, error_response, header, setup_logging
 from .pictures import Preprocessing, open_image, preprocess
 from .uploads import Limits, UploadError, safe_decode
 
@@ -360,7 +360,7 @@ def deadline_seconds(
     most_ms:int, # The server's deadline
 ) -> float:
     "Until the deadline: the server's, or a shorter one that X-Deadline-Ms asks for; `ApiError` if that is no such number"
-    asked = next((value for name, value in headers if name == b"x-deadline-ms"), None)
+    asked = header(headers, b"x-deadline-ms", absent=None)
     if asked is None: return most_ms/1000
     if asked.isdigit() and LEAST_MS <= int(asked[:9]) <= MOST_MS: return min(most_ms, int(asked))/1000
     raise ApiError("invalid_request", f"X-Deadline-Ms must be a whole number from {LEAST_MS} to {MOST_MS}.")

@@ -176,22 +176,36 @@ def uploads() -> dict:
     return hostile.kinds()
 
 
+class memory_watched:
+    "Looks at a server's memory for the length of a `with` block; calling it gives the highest rise in bytes, `now()` the present one"
+    def __init__(self, server):
+        self.process, self.stop, self.highest = psutil.Process(server.process.pid), threading.Event(), 0
+        self.before, self.thread = self.process.memory_info().rss, threading.Thread(target=self.watch)
+
+    def now(self): return self.process.memory_info().rss - self.before
+
+    def watch(self):
+        while not self.stop.wait(0.005): self.highest = max(self.highest, self.now())
+
+    def __call__(self): return self.highest
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop.set()
+        self.thread.join()
+
+
 def test_hostile_uploads(server, client, uploads):
     assert len(uploads) >= 40
     client.post("/predict", files={"file": photo()})
-    process = psutil.Process(server.process.pid)
-    before, highest, watching = process.memory_info().rss, [0], threading.Event()
-
-    def watch():
-        while not watching.wait(0.005): highest[0] = max(highest[0], process.memory_info().rss)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    replies = {name: client.post("/predict", files={"file": data}) for name, data in uploads.items()}
-    watching.set()
-    thread.join()
+    with memory_watched(server) as rise:
+        replies = {name: client.post("/predict", files={"file": data}) for name, data in uploads.items()}
     assert {name: reply.status_code for name, reply in replies.items() if not 400 <= reply.status_code < 500} == {}
     for reply in replies.values(): error(reply, reply.status_code, reply.json()["error"]["code"])
-    assert highest[0] - before <= 100 << 20, f"memory rose by {highest[0] - before >> 20} MB"
+    assert rise() <= 100 << 20, f"memory rose by {rise() >> 20} MB"
 
 
 def test_odd_but_good_uploads(client):
@@ -212,20 +226,25 @@ def test_the_fast_lane_says_what_the_framework_says(servers, uploads):
             if ways[0] != ways[1]: raise AssertionError((name, *ways))
 
 
-FORMS = {  # name: (Content-Type, body), {} is the boundary
-    "curl": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "type first": ("multipart/form-data; boundary=X", b'--X\r\nContent-Type: image/jpeg\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "preamble": ("multipart/form-data; boundary=X", b'hello\r\n--X\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "quoted boundary": ('multipart/form-data; boundary="X"', b'--X\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\nPHOTO\r\n--X--'),
-    "two files": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nhello\r\n--X\r\nContent-Disposition: form-data; name="file"; filename="b"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "boundary as a beginning": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--XY\r\n--X--\r\n'),
-    "a text": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "other name": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="photo"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "no end": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO'),
-    "more behind": ("multipart/form-data; boundary=X", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\nmore'),
-    "other boundary": ("multipart/form-data; boundary=Y", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "no boundary": ("multipart/form-data", b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nPHOTO\r\n--X--\r\n'),
-    "bare lines": ("multipart/form-data; boundary=X", b'--X\nContent-Disposition: form-data; name="file"; filename="a"\n\nPHOTO\n--X--\n'),
+def part(name="file", filename='; filename="a.jpg"', more="", boundary="X", contents="PHOTO") -> bytes:
+    return f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n{more}\r\n{contents}\r\n'.encode()
+
+
+MULTIPART, END = "multipart/form-data; boundary=X", b"--X--\r\n"
+FORMS = {  # name: (Content-Type, body)
+    "curl": (MULTIPART, part(more="Content-Type: image/jpeg\r\n") + END),
+    "type first": (MULTIPART, b"--X\r\nContent-Type: image/jpeg" + part()[3:] + END),
+    "preamble": (MULTIPART, b"hello\r\n" + part() + END),
+    "quoted boundary": ('multipart/form-data; boundary="X"', part() + b"--X--"),
+    "two files": (MULTIPART, part(contents="hello") + part() + END),
+    "boundary as a beginning": (MULTIPART, part() + b"--XY\r\n" + END),
+    "a text": (MULTIPART, part(filename="") + END),
+    "other name": (MULTIPART, part("photo") + END),
+    "no end": (MULTIPART, part()[:-2]),
+    "more behind": (MULTIPART, part() + END + b"more"),
+    "other boundary": ("multipart/form-data; boundary=Y", part() + END),
+    "no boundary": ("multipart/form-data", part() + END),
+    "bare lines": (MULTIPART, (part() + END).replace(b"\r\n", b"\n")),
     "no form": ("image/jpeg", b"PHOTO"), "urlencoded": ("application/x-www-form-urlencoded", b"file=PHOTO"), "nothing": ("", b""),
 }
 
@@ -248,24 +267,16 @@ def test_heavy_pictures_one_at_a_time(models, tmp_path):
     Image.new("RGB", (5000, 4990)).save(bomb, "PNG")
     with running(tmp_path, MODEL_PATH=models / "model.onnx", DECODERS=1, DEADLINE_MS=50_000, block="torch") as server, server.client() as client:
         assert client.post("/predict", files={"file": bomb.getvalue()}).status_code == 200
-        process = psutil.Process(server.process.pid)
-        before, highest, watching, ends = process.memory_info().rss, [0], threading.Event(), {}
-
-        def watch():
-            while not watching.wait(0.005): highest[0] = max(highest[0], process.memory_info().rss)
+        ends = {}
 
         def send(number):
             reply = client.post("/predict", files={"file": bomb.getvalue() if number else photo()})
             ends[number] = time.monotonic()
             return reply.status_code
-        thread = threading.Thread(target=watch)
-        thread.start()
-        assert set(at_once(12, send)) == {200}
-        watching.set()
-        thread.join()
+        with memory_watched(server) as rise: assert set(at_once(12, send)) == {200}
         assert ends[0] < sorted(ends.values())[6], "the light picture waited for most of the heavy ones"
-        assert highest[0] - before <= 150 << 20, f"memory rose by {highest[0] - before >> 20} MB"
-        server.wait(lambda: process.memory_info().rss - before <= 50 << 20)
+        assert rise() <= 150 << 20, f"memory rose by {rise() >> 20} MB"
+        server.wait(lambda: rise.now() <= 50 << 20)
 
 
 def test_model_needs_the_token(client):
