@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import __version__
 from .core import GroceryError
-from .measuring import compare, comparison_report, measure, report, two_names, under_conditions
+from .measuring import compare, comparison_report, measure, remark, report, tell, two_names, under_conditions
 from .run_training import add_arguments, check_output, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
@@ -87,11 +87,12 @@ def evaluate_command(
     "Measure a model file on a split: a table or JSON, and the HTML report"
     from grocery_nb.evaluation import robustness_text
     measured = measure(options.model, options.data, options.split)
+    tell(measured)
     page = options.report or (None if options.json else options.model.with_name(f"{options.model.stem}-{options.split}.html"))
     conditions = under_conditions(options.model) if options.robustness else None
     if page: report(measured, page, conditions)
     if options.json:
-        more = {"hierarchy": measured.hierarchy and measured.hierarchy.metrics(), "robustness": conditions and [row._asdict() for row in conditions]}
+        more = {"remark": remark(measured), "hierarchy": measured.hierarchy and measured.hierarchy.metrics(), "robustness": conditions and [row._asdict() for row in conditions]}
         print(json.dumps({"split": options.split, **measured.evaluation.metrics(), **{name: value for name, value in more.items() if value}}, indent=1))
     else: print(*filter(None, (measured.evaluation, measured.hierarchy, conditions and robustness_text(conditions), f"Report: {page}")), sep="\n\n")
 
@@ -101,6 +102,7 @@ def compare_command(
 ):
     "Measure two model files on the same photos: a verdict or JSON, and the HTML page"
     compared = compare(options.a, options.b, options.data, options.split)
+    tell(compared.a, compared.b)
     page = options.output or (None if options.json else Path("comparison.html"))
     if page: comparison_report(compared, page)
     if options.json: print(json.dumps({"split": options.split, "level": compared.level, **vars(compared.mcnemar)}, indent=1))
@@ -111,7 +113,9 @@ def report_command(
     options:argparse.Namespace, # model, data, split, output
 ):
     "Measure a model file and write the HTML report"
-    print(f"Report: {report(measure(options.model, options.data, options.split), options.output)}")
+    measured = measure(options.model, options.data, options.split)
+    tell(measured)
+    print(f"Report: {report(measured, options.output)}")
 
 # %% ../nbs/91_cli.ipynb #2c9e7b93
 def export_command(

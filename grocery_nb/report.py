@@ -319,6 +319,7 @@ STYLE["header"] = """
   margin-bottom: 14px; }
 .verdict { font-size: 24px; line-height: 1.35; letter-spacing: -.012em; max-width: 46ch; margin-top: 22px; overflow-wrap: anywhere;
   text-wrap: balance; }
+.remark { margin-top: 18px; padding-left: 14px; border-left: 3px solid var(--accent); overflow-wrap: anywhere; }
 .facts { display: flex; flex-wrap: wrap; gap: 14px 36px; font-size: 15px; margin: 32px 0 0; padding: 18px 0;
   border-block: 1px solid var(--line); }
 .facts div { min-width: 0; }
@@ -606,6 +607,7 @@ PAGE["head"] = """<!doctype html>
   <p class="eyebrow">{{ eyebrow }}</p>
   <h1>{{ title }}</h1>
   {% if verdict %}<p class="verdict">{{ verdict }}</p>{% endif %}
+  {% if remark %}<p class="remark">{{ remark }}.</p>{% endif %}
   <dl class="facts">{% for k, v in facts.items() %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
 </header>
 """
@@ -920,12 +922,13 @@ def write_report(
     coverage:"Coverage | None"=None, # Of coverage_curve
     threshold:"float | None"=None, # The confidence from which the model answers; only drawn together with `coverage`
     robustness:Sequence=(), # Of robustness_table, the first row as trained
+    remark:"str|None"=None, # A warning below the title, without its full stop
 ) -> Path: # The path
     "Write an evaluation as one HTML page that needs nothing else; whole or absent, `MissingExtra` without jinja2"
     e, rows, conditions = evaluation, list(history or ()), list(robustness or ())
     present = [score for score in e.per_class if score.present]
     page = render(
-        REPORT, title=title, eyebrow="Evaluation report", verdict=None, facts=with_counts(facts, e), e=e, level=f"{e.confidence:.0%}",
+        REPORT, title=title, eyebrow="Evaluation report", verdict=None, remark=remark, facts=with_counts(facts, e), e=e, level=f"{e.confidence:.0%}",
         hierarchy=hierarchy, parts=mistake_parts(hierarchy) if hierarchy else [], charts=learning_curves(rows), epochs=len(rows),
         trust=calibration_view(calibration) if calibration else None, robustness=conditions,
         unsure=coverage_view(coverage, threshold) if coverage else None, **matrix_view(e), present=len(present),
@@ -1122,6 +1125,7 @@ def write_comparison(
     disagreements:Sequence[Disagreement]=(), # Of disagreement_gallery
     title:str="Comparison", # Heading of the page
     calibrations:Sequence=(), # A's and B's, of evaluate_calibration
+    remark:"str|None"=None, # A warning below the title, without its full stop
 ) -> Path: # The path
     "Write the comparison of two models as one HTML page; `ReportError` if they saw other photos, `MissingExtra` without jinja2"
     check_comparable(a, b, mcnemar)
@@ -1131,6 +1135,6 @@ def write_comparison(
     trusted = [reliability_chart(name, one.bins_before, one.ece_before) for name, one in zip(names, calibrations)]
     page = render(
         COMPARISON, title=title, eyebrow="Comparison of two models", verdict=short_verdict(mcnemar, *names), names=names, a=a, b=b, m=mcnemar,
-        facts=with_counts(facts, a), level=f"{a.confidence:.0%}", axis=difference_axis(mcnemar), chance=chance(mcnemar.p_value),
+        remark=remark, facts=with_counts(facts, a), level=f"{a.confidence:.0%}", axis=difference_axis(mcnemar), chance=chance(mcnemar.p_value),
         trusted=trusted, groups=[group for group in groups if group[2]], **class_pairs(a, b))
     return atomic_write(path, page)

@@ -291,6 +291,7 @@ def judge(
     labels, # (N,) int64
     classes, # A `Classes`
     label:str, # "fine" or "coarse"
+    digest:"str|None"=None, # Of the split: who measures again can tell whether it is the same
 ) -> tuple: # (Evaluation, Hierarchy or None, fields for the model card)
     "All that is to be said of a model on its validation split, and what of it belongs to the card"
     from grocery_nb.evaluation import evaluate_calibration, evaluate_hierarchy, evaluate_logits
@@ -299,7 +300,7 @@ def judge(
     calibration = evaluate_calibration(logits, labels, temperature=None, otherwise=1.0)
     threshold = unsure_below(logits, labels, calibration.temperature)
     hierarchy = evaluate_hierarchy(logits, labels, of, names, kinds) if label == "fine" else None
-    metrics = {"split": "val", **evaluation.metrics(), "calibration": calibration.metrics(), "hierarchy": hierarchy and hierarchy.metrics()}
+    metrics = {"split": "val", "digest": digest, **evaluation.metrics(), "calibration": calibration.metrics(), "hierarchy": hierarchy and hierarchy.metrics()}
     return evaluation, hierarchy, dict(classes=names, label=label, metrics=metrics, temperature=calibration.temperature, threshold=threshold,
                                        coarse=hierarchy and {"classes": list(kinds.values()), "of": of})
 
@@ -336,7 +337,8 @@ def train(
         loaders = loaders_for(options, root, augment=options.recipe != "probe", shard=(rank, world))
         model = new_model(options, len(classes.names(options.label)), rank)                           # 3 model
         history = fit(model, loaders, probe_loader, options)                                          # 4 training
-        evaluation, hierarchy, found = judge(*predict(model, loaders[1]), classes, options.label)     # 5 evaluation
+        evaluation, hierarchy, found = judge(*predict(model, loaders[1]), classes, options.label,     # 5 evaluation
+                                               data_digest(root/"val.txt"))
         if rank == 0:
             save_model(model, options.output, data=options.data, data_digest=data_digest(root/"train.txt"), history=history,
                        preprocessing=preprocessing_for(options.backbone), **found)                    # 6 persistence
