@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from .core import GroceryError, atomic_write, needs
 from .evaluation import Calibration, Coverage, Evaluation, Hierarchy, McNemar, Mistake
-from .evaluation import class_names, confusion_rates, percent, span, wilson_interval
+from .evaluation import checked, class_names, confusion_rates, percent, span, whole, wilson_interval
 
 # %% ../nbs/05a_report.ipynb #71f7baa3
 class ReportError(GroceryError, ValueError):
@@ -733,7 +733,8 @@ PAGE["trust"] = """
   <p class="lead">As trained it is <b>{{ trust.verdict }}</b>: mean confidence minus accuracy is {{ points(100 * trust.excess) }}.
     {% set c = trust.calibration %}
     A perfect model would show a calibration error of about {{ percent(c.ece_floor) }} on so many photos, by chance.
-    {% if c.cross_fitted %}The temperature {{ "%.2f"|format(c.temperature) }} was fitted on these very photos.
+    {% if c.undetermined %}These photos determine no temperature: they are too few, or there are too few mistakes among them.
+    {% elif c.cross_fitted %}The temperature {{ "%.2f"|format(c.temperature) }} was fitted on these very photos.
     So that they do not judge themselves, the diagram after it is cross-fitted:
     each photo is scaled by a temperature that the other photos gave.
     {% elif c.temperature != 1 %}The temperature {{ "%.2f"|format(c.temperature) }} was fitted elsewhere and is only applied here.{% endif %}</p>
@@ -1015,8 +1016,11 @@ def disagreement_gallery(
     limit:int=24, # At most so many; half of them for each model, where there are as many
 ) -> list[Disagreement]:
     "Photos that exactly one of two models got right, evenly spread over the split, with their pictures, for `write_comparison`"
-    labels, names = np.asarray(labels), class_names(names, np.shape(logits_a)[1])
-    a, b = (np.asarray(logits).argmax(axis=1) for logits in (logits_a, logits_b))
+    (logits_a, labels), (logits_b, _) = checked(logits_a, labels), checked(logits_b, labels)
+    names, limit = class_names(names, logits_a.shape[1]), whole(limit, "The limit")
+    if logits_a.shape != logits_b.shape: raise ReportError(f"A has logits of {logits_a.shape[1]} classes and B of {logits_b.shape[1]}; give those of one label")
+    if len(paths) not in (0, len(labels)): raise ReportError(f"There are {len(paths)} paths for {len(labels)} photos; give one a photo, or none")
+    a, b = logits_a.argmax(axis=1), logits_b.argmax(axis=1)
     only_b, only_a = (np.flatnonzero((x == labels) & (y != labels)).tolist() for x, y in ((b, a), (a, b)))
     half = min(len(only_b), max(limit // 2, limit - len(only_a)))
     chosen = [rows[i] for rows, count in ((only_b, half), (only_a, limit - half))

@@ -115,3 +115,13 @@ def test_data_that_has_gone_is_one_sentence(copy, here, tmp_path, monkeypatch):
     change_card(copy, lambda card: card.update(data=None))
     with pytest.raises(GroceryError, match="does not say what the model was trained on; name photos with --data"): measuring.measure(copy)
 
+
+def test_a_val_split_of_one_photo_trains_and_is_measured(tiny, here, tmp_path):
+    data = shutil.copytree(tiny, tmp_path / "data")
+    (data / "val.txt").write_text((data / "val.txt").read_text().splitlines()[0] + "\n")
+    done = here("train", "--data", data, "--epochs", "1", "--quiet", "--batch-size", "16", "--output", "m.pth")
+    assert done.returncode == 0, done.stderr
+    assert measuring.measure(tmp_path / "m.pth").card.metrics["calibration"]["undetermined"] is True
+    done = here("evaluate", "m.pth", "--report", "r.html")
+    assert done.returncode == 0 and "1 photos" in done.stdout, done.stderr
+    assert "These photos determine no temperature" in (tmp_path / "r.html").read_text(encoding="utf-8")
