@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import __version__
 from .core import GroceryError
-from .measuring import compare, comparison_report, measure, remark, report, tell, two_names, under_conditions
+from .measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
 from .run_training import add_arguments, check_output, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
@@ -86,11 +86,14 @@ def evaluate_command(
 ):
     "Measure a model file on a split: a table or JSON, and the HTML report"
     from grocery_nb.evaluation import robustness_text
+    from grocery_nb.report import check_place
+    page = options.report
+    if page is None and not options.json: page = page_for(options.model, options.data, options.split)
+    if page is not None: check_place(page)
     measured = measure(options.model, options.data, options.split)
     tell(measured)
-    page = options.report or (None if options.json else options.model.with_name(f"{options.model.stem}-{options.split}.html"))
     conditions = under_conditions(options.model) if options.robustness else None
-    if page: report(measured, page, conditions)
+    if page is not None: report(measured, page, conditions)
     if options.json:
         more = {"remark": remark(measured), "hierarchy": measured.hierarchy and measured.hierarchy.metrics(), "robustness": conditions and [row._asdict() for row in conditions]}
         print(json.dumps({"split": options.split, **measured.evaluation.metrics(), **{name: value for name, value in more.items() if value}}, indent=1))
@@ -101,10 +104,12 @@ def compare_command(
     options:argparse.Namespace, # a, b, data, split, json, output
 ):
     "Measure two model files on the same photos: a verdict or JSON, and the HTML page"
+    from grocery_nb.report import check_place
+    page = Path("comparison.html") if options.output is None and not options.json else options.output
+    if page is not None: check_place(page)
     compared = compare(options.a, options.b, options.data, options.split)
     tell(compared.a, compared.b)
-    page = options.output or (None if options.json else Path("comparison.html"))
-    if page: comparison_report(compared, page)
+    if page is not None: comparison_report(compared, page)
     if options.json: print(json.dumps({"split": options.split, "level": compared.level, **vars(compared.mcnemar)}, indent=1))
     else: print(f"{compared.mcnemar.verdict(*two_names(options.a, options.b))}\nReport: {page}")
 
@@ -113,6 +118,8 @@ def report_command(
     options:argparse.Namespace, # model, data, split, output
 ):
     "Measure a model file and write the HTML report"
+    from grocery_nb.report import check_place
+    check_place(options.output)
     measured = measure(options.model, options.data, options.split)
     tell(measured)
     print(f"Report: {report(measured, options.output)}")
@@ -179,8 +186,10 @@ def demo_command(
 ):
     "Data, training, evaluation, model and report, on Mini Grocery unless told otherwise"
     from grocery_nb.catalog import data_dir
+    from grocery_nb.report import check_place
     from grocery_nb.synthetic import mini_dir
     model = check_output(options.output/"model.pth")
+    check_place(options.output/"report.html")
     print("1/3 Data (Mini Grocery is drawn once and kept)")
     root = mini_dir(progress=not options.quiet) if options.data == "mini" else data_dir(options.data)
     print("2/3 Training the last layer on features of a pretrained backbone")

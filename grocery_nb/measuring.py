@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_classes', 'data_folder', 'kept_digest', 'Measured', 'measure', 'remark', 'tell', 'answers', 'probabilities',
-           'pictures', 'facts', 'report', 'condition_sets', 'under_conditions', 'Compared', 'compare', 'two_names',
-           'comparison_report']
+           'pictures', 'facts', 'same_source', 'page_for', 'report', 'condition_sets', 'under_conditions', 'Compared',
+           'compare', 'two_names', 'comparison_report']
 
 # %% ../nbs/06a_measuring.ipynb #47880e74
 import sys
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import GroceryError
-from .run_training import check_output
 
 # %% ../nbs/06a_measuring.ipynb #88e098c8
 def check_classes(
@@ -149,6 +148,27 @@ def facts(
     return {"Backbone": card.backbone, "Trained on": card.data, "Measured on": f"{measured.split} split of {measured.data}", "Label": card.label,
             "Made": card.created[:16].replace("T", " "), "Weights": card.sha256[:12]}
 
+# %% ../nbs/06a_measuring.ipynb #04e4ae96
+def same_source(a:str, b:str) -> bool:
+    "Whether two names of data (mini, grocery or a folder) mean the same"
+    return a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+
+# %% ../nbs/06a_measuring.ipynb #ed127338
+def page_for(
+    model_path:Path, # Weights with a card beside them
+    data:"str|None"=None, # As in `measure`
+    split:str="val", # train, val or test
+) -> Path: # Beside the weights
+    "The page of a measurement: one for the photos that the card speaks of, and one each for other photos"
+    from grocery_nb.catalog import data_digest, load_split
+    from grocery_nb.model_utils import read_card
+    card = read_card(model_path)
+    root = data_folder(card, model_path, data)
+    load_split(root, split)
+    digest, kept = data_digest(root/f"{split}.txt"), kept_digest(card, split)
+    own = digest == kept if kept is not None else data is None or (card.data is not None and same_source(data, card.data))
+    return Path(f"{model_path}.{split}.html" if own else f"{model_path}.{split}.{digest[:8]}.html")
+
 # %% ../nbs/06a_measuring.ipynb #3dd30771
 def report(
     measured:Measured, # From `measure`
@@ -160,7 +180,7 @@ def report(
     from grocery_nb.report import write_report
     card, (calibration, coverage, threshold), (open_row, paths) = measured.card, probabilities(measured), pictures(measured)
     errors = gallery(measured.logits, measured.labels, card.classes, open_row, paths)
-    return write_report(check_output(output), measured.evaluation, card.history, errors, title="Grocery classifier", facts=facts(measured), hierarchy=measured.hierarchy,
+    return write_report(output, measured.evaluation, card.history, errors, title="Grocery classifier", facts=facts(measured), hierarchy=measured.hierarchy,
                         calibration=calibration, coverage=coverage, threshold=threshold, robustness=robustness, remark=remark(measured))
 
 # %% ../nbs/06a_measuring.ipynb #0b6287ad
@@ -231,7 +251,7 @@ def comparison_report(
     (logits_a, labels, classes), (logits_b, *_) = (answers(measured, compared.level) for measured in (a, b))
     photos = disagreement_gallery(logits_a, logits_b, labels, classes, *pictures(a))
     strip = {"Measured on": f"{a.split} split of {a.data}", "Label": compared.level, "A": a.path, "B": b.path}
-    return write_comparison(check_output(output), *(evaluate_logits(logits, labels, classes) for logits in (logits_a, logits_b)), compared.mcnemar,
+    return write_comparison(output, *(evaluate_logits(logits, labels, classes) for logits in (logits_a, logits_b)), compared.mcnemar,
                             two_names(a.path, b.path), strip, photos, title="Two grocery classifiers",
                             calibrations=[evaluate_calibration(logits, labels, 1.0) for logits in (logits_a, logits_b)],
                             remark=". ".join(filter(None, map(remark, (a, b)))))

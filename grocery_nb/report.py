@@ -6,14 +6,15 @@
 __all__ = ['STYLE', 'PAGE', 'REPORT', 'COMPARISON', 'ReportError', 'thumbnail', 'epoch_numbers', 'series', 'nice_ticks', 'scale',
            'path_of', 'frame', 'phase_changes', 'chart', 'learning_curves', 'matrix_view', 'mistake_parts',
            'share_labels', 'reliability_chart', 'excess_confidence', 'calibration_view', 'coverage_chart',
-           'coverage_view', 'points', 'data_advice', 'curve_advice', 'use_advice', 'render', 'with_counts',
-           'write_report', 'check_comparable', 'difference_axis', 'short_verdict', 'chance', 'class_pairs',
-           'Disagreement', 'disagreement_gallery', 'write_comparison']
+           'coverage_view', 'points', 'data_advice', 'curve_advice', 'use_advice', 'render', 'is_ours', 'check_place',
+           'with_counts', 'write_report', 'check_comparable', 'difference_axis', 'short_verdict', 'chance',
+           'class_pairs', 'Disagreement', 'disagreement_gallery', 'write_comparison']
 
 # %% ../nbs/05a_report.ipynb #f937a718
 import base64
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from . import __version__
 from .core import GroceryError, atomic_write, needs
 from .evaluation import Calibration, Coverage, Evaluation, Hierarchy, McNemar, Mistake
 from .evaluation import checked, class_names, confusion_rates, percent, span, whole, wilson_interval
@@ -595,6 +597,7 @@ PAGE["head"] = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="grocery_nb {{ version }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
@@ -621,7 +624,7 @@ def render(
     with needs("train"): from jinja2 import Environment, StrictUndefined
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = pages.from_string("".join(PAGE[piece] for piece in pieces))
-    return template.render(css="".join(STYLE.values()), percent=percent, span=span, points=points, **values)
+    return template.render(css="".join(STYLE.values()), version=__version__, percent=percent, span=span, points=points, **values)
 
 # %% ../nbs/05a_report.ipynb #ba68ffd1
 PAGE["macros"] = """
@@ -900,6 +903,28 @@ This page holds everything it shows and loads nothing.</footer>
 </html>
 """
 
+# %% ../nbs/05a_report.ipynb #ac8ae0a7
+def is_ours(path:Path) -> bool:
+    "Whether a file is a page that this module wrote"
+    if not path.is_file(): return False
+    with path.open("rb") as f: return b'<meta name="generator" content="grocery_nb' in f.read(200)
+
+# %% ../nbs/05a_report.ipynb #30f152aa
+def check_place(
+    path:"str | Path", # Where a page shall stand
+) -> Path: # The same, in a folder that takes files
+    "`ReportError` unless a page may be written there: not over a folder, nor over a file that is no page of ours"
+    path = Path(path)
+    try:
+        if path.is_dir(): raise ReportError(f"The page {path} is a folder; name a file in it, such as {path/'report.html'}")
+        if path.exists() and not is_ours(path): raise ReportError(f"{path} is no report of grocery_nb and is not overwritten; name another file, or move it away")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as e:
+        if isinstance(e, ReportError): raise
+        raise ReportError(f"The page {path} cannot be written ({getattr(e, 'strerror', None) or e}); name another file") from e
+    if not os.access(path.parent, os.W_OK): raise ReportError(f"The folder {path.parent} takes no files; name another place for the page")
+    return path
+
 # %% ../nbs/05a_report.ipynb #1a31332a
 def with_counts(facts:"Mapping[str, object] | None", evaluation:Evaluation) -> dict:
     "The facts, followed by the photos, the classes and, unless given, the date of today"
@@ -936,7 +961,7 @@ def write_report(
         ranked=sorted(present, key=lambda score: (score.f1, score.support, score.id)),
         errors=[(thumbnail(mistake.image), mistake) for mistake in errors],
         advice=[*data_advice(e), *use_advice(calibration, conditions), *curve_advice(rows), *advice])
-    return atomic_write(path, page)
+    return atomic_write(check_place(path), page)
 
 # %% ../nbs/05a_report.ipynb #ca88c829
 def check_comparable(
@@ -1141,4 +1166,4 @@ def write_comparison(
         COMPARISON, title=title, eyebrow="Comparison of two models", verdict=short_verdict(mcnemar, *names), names=names, a=a, b=b, m=mcnemar,
         remark=remark, facts=with_counts(facts, a), level=f"{a.confidence:.0%}", axis=difference_axis(mcnemar), chance=chance(mcnemar.p_value),
         trusted=trusted, groups=[group for group in groups if group[2]], **class_pairs(a, b))
-    return atomic_write(path, page)
+    return atomic_write(check_place(path), page)

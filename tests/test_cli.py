@@ -158,10 +158,10 @@ def test_train_evaluate_report(here, trained, caches, tmp_path):
 def test_evaluate_writes_the_report_beside_the_model(here, trained, caches, tmp_path):
     for suffix in (".pth", ".json"): shutil.copy(trained.with_suffix(suffix), tmp_path)
     done = here("evaluate", "model.pth", "--split", "test")
-    assert done.returncode == 0 and "top-1 accuracy" in done.stdout and "Report: model-test.html" in done.stdout, done.stderr
-    assert "<html" in (tmp_path / "model-test.html").read_text(encoding="utf-8")
+    assert done.returncode == 0 and "top-1 accuracy" in done.stdout and "Report: model.pth.test.html" in done.stdout, done.stderr
+    assert "<html" in (tmp_path / "model.pth.test.html").read_text(encoding="utf-8")
     assert here("evaluate", "model.pth", "--json", "--report", "here.html").returncode == 0 and (tmp_path / "here.html").exists()
-    assert not (tmp_path / "model-val.html").exists(), "--json alone writes no page"
+    assert not (tmp_path / "model.pth.val.html").exists(), "--json alone writes no page"
 
 
 def test_compare_two_models(here, trained, tiny, caches, tmp_path):

@@ -1,5 +1,6 @@
 "Measuring starts from the file: which photos, which temperature, and where the page may stand."
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,3 +126,52 @@ def test_a_val_split_of_one_photo_trains_and_is_measured(tiny, here, tmp_path):
     done = here("evaluate", "m.pth", "--report", "r.html")
     assert done.returncode == 0 and "1 photos" in done.stdout, done.stderr
     assert "These photos determine no temperature" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+# Where the page stands
+
+def test_two_data_sets_have_two_pages(copy, here, tmp_path):
+    other = make_dataset(tmp_path / "other", train=1, val=1, test=1, size=32, seed=9, jobs=1)
+    pages = [re.search("Report: (.*)", here("evaluate", "model.pth", *more).stdout)[1]
+             for more in ((), ("--data", tmp_path / "data"), ("--data", other), ("--split", "test"), ("--split", "test", "--data", other))]
+    assert pages[0] == pages[1] == "model.pth.val.html" and pages[3] == "model.pth.test.html" and len(set(pages)) == 4, pages
+    assert all((tmp_path / page).exists() and page.startswith("model.pth.") for page in pages)
+    shorter(tmp_path / "data" / "val.txt")
+    assert re.search("Report: (.*)", here("evaluate", "model.pth").stdout)[1] not in pages, "changed photos do not take the page of the old ones"
+
+
+def test_models_whose_names_differ_after_a_dot_have_two_pages(tmp_path, copy):
+    for name in ("m.v1", "m.v2"):
+        shutil.copy(copy, tmp_path / name)
+        for card in (Path(f"{copy}.json"), copy.with_suffix(".json")):
+            if card.exists(): shutil.copy(card, tmp_path / f"{name}.json")
+            if card.exists(): shutil.copy(card, (tmp_path / name).with_suffix(".json"))
+    assert measuring.page_for(tmp_path / "m.v1").name == "m.v1.val.html" and measuring.page_for(tmp_path / "m.v2").name == "m.v2.val.html"
+
+
+@pytest.mark.parametrize("name", ["card", "weights", "notes.html", "folder", "notes.html/page.html", "a" * 300])
+def test_what_is_no_page_of_ours_stays_and_nothing_is_measured(name, copy, here, tmp_path, monkeypatch):
+    card = next(path for path in (Path(f"{copy}.json"), copy.with_suffix(".json")) if path.exists())
+    (tmp_path / "notes.html").write_text("<!doctype html><p>Mine")
+    (tmp_path / "folder").mkdir()
+    target = {"card": card.name, "weights": copy.name}.get(name, name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr("grocery_nb.cli.measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr("grocery_nb.cli.compare", lambda *_: pytest.fail("it was measured"))
+    for command in (("evaluate", copy, "--report", target), ("evaluate", copy, "--json", "--report", target), ("report", copy, "--output", target),
+                    ("compare", copy, copy, "--output", target)):
+        done = here(*command)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and target in done.stderr, done.stderr
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_a_page_of_ours_is_replaced(copy, here, tmp_path):
+    for _ in range(2): assert here("evaluate", copy, "--report", "r.html").returncode == 0
+    assert here("compare", copy, copy, "--output", "r.html").returncode == 0
+
+
+def test_demo_looks_at_the_place_of_its_report_first(here, tmp_path, monkeypatch):
+    (tmp_path / "report.html").write_text("Mine")
+    monkeypatch.setattr("grocery_nb.cli.train", lambda *_: pytest.fail("it was trained"))
+    done = here("demo", "--output", ".", "--quiet")
+    assert done.returncode == 2 and "report.html" in done.stderr and (tmp_path / "report.html").read_text() == "Mine"
