@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
-from .core import GroceryError
+from .core import GroceryError, check_output
 from .measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
-from .run_training import add_arguments, check_output, train
+from .run_training import add_arguments, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
 def data_mini(
@@ -106,7 +106,7 @@ def compare_command(
     "Measure two model files on the same photos: a verdict or JSON, and the HTML page"
     from grocery_nb.report import check_place
     page = Path("comparison.html") if options.output is None and not options.json else options.output
-    if page is not None: check_place(page)
+    if page is not None: check_place(page, "--output")
     compared = compare(options.a, options.b, options.data, options.split)
     tell(compared.a, compared.b)
     if page is not None: comparison_report(compared, page)
@@ -119,7 +119,7 @@ def report_command(
 ):
     "Measure a model file and write the HTML report"
     from grocery_nb.report import check_place
-    check_place(options.output)
+    check_place(options.output, "--output")
     measured = measure(options.model, options.data, options.split)
     tell(measured)
     print(f"Report: {report(measured, options.output)}")
@@ -189,7 +189,7 @@ def demo_command(
     from grocery_nb.report import check_place
     from grocery_nb.synthetic import mini_dir
     model = check_output(options.output/"model.pth")
-    check_place(options.output/"report.html")
+    check_place(options.output/"report.html", "--output")
     print("1/3 Data (Mini Grocery is drawn once and kept)")
     root = mini_dir(progress=not options.quiet) if options.data == "mini" else data_dir(options.data)
     print("2/3 Training the last layer on features of a pretrained backbone")

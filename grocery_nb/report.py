@@ -14,7 +14,6 @@ __all__ = ['STYLE', 'PAGE', 'REPORT', 'COMPARISON', 'ReportError', 'thumbnail', 
 import base64
 import io
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from . import __version__
-from .core import GroceryError, atomic_write, needs
+from .core import GroceryError, atomic_write, check_ours, check_output, needs
 from .evaluation import Calibration, Coverage, Evaluation, Hierarchy, McNemar, Mistake
 from .evaluation import checked, class_names, confusion_rates, percent, span, whole, wilson_interval
 
@@ -912,18 +911,10 @@ def is_ours(path:Path) -> bool:
 # %% ../nbs/05a_report.ipynb #30f152aa
 def check_place(
     path:"str | Path", # Where a page shall stand
+    flag:str="--report", # How the user can name another place
 ) -> Path: # The same, in a folder that takes files
-    "`ReportError` unless a page may be written there: not over a folder, nor over a file that is no page of ours"
-    path = Path(path)
-    try:
-        if path.is_dir(): raise ReportError(f"The page {path} is a folder; name a file in it, such as {path/'report.html'}")
-        if path.exists() and not is_ours(path): raise ReportError(f"{path} is no report of grocery_nb and is not overwritten; name another file, or move it away")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e:
-        if isinstance(e, ReportError): raise
-        raise ReportError(f"The page {path} cannot be written ({getattr(e, 'strerror', None) or e}); name another file") from e
-    if not os.access(path.parent, os.W_OK): raise ReportError(f"The folder {path.parent} takes no files; name another place for the page")
-    return path
+    "`GroceryError` unless a page may be written there: not over a folder, nor over a file that is no page of ours"
+    return check_ours(check_output(path, flag), is_ours, "report", flag)
 
 # %% ../nbs/05a_report.ipynb #1a31332a
 def with_counts(facts:"Mapping[str, object] | None", evaluation:Evaluation) -> dict:

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 PICTURE_BYTES = 100_000
+CELLS = 130  # of a deep dive
+WIDTH = {"chapter": 100, "deep dive": 120}  # characters of a line of code
+IMPORT_LINES = 8
 EXPORT = re.compile(r"^\s*#\|\s*exports?\b", re.MULTILINE)
+FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.DOTALL | re.MULTILINE)
+DEEP_DIVE = re.compile(r"^> \*\*Optional for the exam\.\*\* A deep dive of \[", re.MULTILINE)
+DROPPED = re.compile(r"<(?:iframe|script|style|object|embed|form)\b")  # what JupyterLab drops from HTML while a notebook is not trusted
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -79,6 +85,65 @@ def picture_bytes(cells: list) -> list:
             for kind, data in output.get("data", {}).items() if kind.startswith("image/")]
 
 
+def kind(name: str) -> str:
+    "What a notebook is, by its name: a number and a letter is a deep dive, and so is what stands under the floor (80 and up)"
+    return "deep dive" if re.match(r"\d+[a-z]_|[89]\d_", name) else "chapter"
+
+
+def text_lines(cells: list, cell_type: str) -> list:
+    return [line for cell in cells if cell["cell_type"] == cell_type for line in source(cell).splitlines()]
+
+
+def import_lines(cell: dict) -> int:
+    "The lines that a cell's imports take"
+    text = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source(cell).splitlines())
+    return sum(node.end_lineno - node.lineno + 1 for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
+def folding_faults(cell: dict) -> list:
+    "What keeps a `<details>` from folding everywhere: not closed, or no blank lines around the Markdown in it"
+    text = FENCED.sub("", source(cell))
+    opened, closed = len(re.findall(r"<details\b", text)), text.count("</details>")
+    if opened != closed: return [f"<details> opened {opened} times and closed {closed} times: {text.strip().splitlines()[0][:50]!r}"]
+    good = len(re.findall(r"^<details><summary>.+</summary>\n\n", text, re.MULTILINE)), len(re.findall(r"\n\n</details>$", text, re.MULTILINE))
+    return [] if good == (opened, opened) else [f"<details> without blank lines inside: {text.strip().splitlines()[0][:50]!r}"]
+
+
+def without_picture(cell: dict) -> bool:
+    "Whether a cell shows HTML that an untrusted notebook drops, or a widget, and no picture beside it"
+    kinds = {kind: "".join(data) if isinstance(data, (list, str)) else "" for output in cell.get("outputs", [])
+             for kind, data in output.get("data", {}).items()}
+    lost = DROPPED.search(kinds.get("text/html", "")) or "application/vnd.jupyter.widget-view+json" in kinds
+    return bool(lost) and not any(kind.startswith("image/") for kind in kinds)
+
+
+def minutes(notebook: dict) -> float:
+    "How long a notebook is to read: 180 words a minute, 6 seconds a line of code, 15 a picture"
+    words = sum(len(line.split()) for line in text_lines(notebook["cells"], "markdown"))
+    code = sum(code_lines(cell) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    return words / 180 + code * 6 / 60 + len(picture_bytes(notebook["cells"])) * 15 / 60
+
+
+def in_jupyterlab(notebook: dict, name: str) -> list:
+    "What would not read well as the notebook stands, in JupyterLab first, one sentence each"
+    cells = [cell for cell in notebook["cells"] if source(cell).strip()]
+    markdown = [cell for cell in cells if cell["cell_type"] == "markdown"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    width, found = WIDTH[kind(name)], []
+    wide = [line for line in text_lines(cells, "code") if len(line) > width]
+    if wide: found.append(f"{len(wide)} lines of code over {width} characters, the longest {max(map(len, wide))}: {max(wide, key=len).strip()[:60]!r}")
+    found += [f"a cell with {import_lines(cell)} lines of imports, budget {IMPORT_LINES}" for cell in code if import_lines(cell) > IMPORT_LINES]
+    raw = [line for line in text_lines(cells, "markdown") if re.match(r"\s*(:::|`{3,}\{mermaid)", line)]
+    found += [f"raw text in JupyterLab: {line.strip()[:50]!r}" for line in raw]
+    found += [fault for cell in markdown for fault in folding_faults(cell)]
+    found += ["HTML or a widget without a picture beside it: " + repr(source(cell).splitlines()[0][:50]) for cell in code if without_picture(cell)]
+    if kind(name) == "deep dive":
+        if len(cells) > CELLS: found.append(f"{len(cells)} cells, budget {CELLS}")
+        opening = "\n\n".join(source(cell) for cell in markdown[:2])
+        if re.match(r"\d+[a-z]", name) and not DEEP_DIVE.search(opening): found.append("the opening does not say that it is optional, and a deep dive of what")
+    return found
+
+
 def violations(notebook: dict) -> list:
     "What is over the budget, one sentence each"
     cells = [cell for cell in notebook["cells"] if source(cell).strip()]
@@ -102,8 +167,11 @@ def violations(notebook: dict) -> list:
 
 if __name__ == "__main__":
     total = 0
-    for path in sys.argv[1:]:
-        for fault in violations(json.loads(Path(path).read_text(encoding="utf-8"))):
+    for path in map(Path, sys.argv[1:]):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        words = sum(len(line.split()) for line in text_lines(notebook["cells"], "markdown"))
+        print(f"{path}: {kind(path.name)}, {len(notebook['cells'])} cells, {words:,} words, {minutes(notebook):.0f} minutes")
+        for fault in violations(notebook) + in_jupyterlab(notebook, path.name):
             print(f"{path}: {fault}")
             total += 1
     sys.exit(bool(total))
