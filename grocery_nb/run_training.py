@@ -347,7 +347,7 @@ def summary(
     run:Run, # What a training left
 ) -> str: # Three lines
     "What came out of a training, and where it is"
-    return f"Validation accuracy: {run.evaluation.top1:.1%}\nWeights: {run.output}\nCard: {run.output.with_suffix('.json')}"
+    return f"Validation accuracy: {run.evaluation.top1:.1%}\nWeights: {run.output}\nCard: {run.output}.json"
 
 # %% ../nbs/06_run_training.ipynb #fccbb5e9
 def main(
