@@ -182,7 +182,7 @@ def train_probe(
     **recipe, # Other fields of `Recipe`
 ) -> list: # The history, as from `train_model`
     "Train the last layer alone on features that are computed once; raises `TrainError`; leaves the model in eval mode"
-    check_settings(epochs, lr)
+    check_settings(epochs=epochs, lr=lr)
     settings = vars(Recipe(weight_decay=weight_decay, **recipe))
     body, head = split_head(model)
     def rows(loader, split):
@@ -259,7 +259,7 @@ def finetune(
     **recipe, # Fields of `Recipe`, for the fine-tuning
 ) -> list: # As from `train_model`, probe first, with `phase`: "probe" or "finetune"
     "Linear probe, then all layers (arXiv:2202.10054); raises `TrainError` or `CheckpointError`; resumed or not, the same weights"
-    check_settings(epochs, lr)
+    check_settings(epochs=epochs, lr=lr)
     settings, before = Recipe(**recipe), []
     loss = dict(label_smoothing=settings.label_smoothing, class_weights=settings.class_weights)
     if not 0 <= keep_probe <= (probe_loader is not None):
