@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SETTINGS', 'PICTURES', 'positive', 'share', 'add_picture_arguments', 'add_recipe_arguments',
-           'add_run_arguments', 'add_arguments', 'check_output', 'check_counts', 'check_options', 'Run', 'loaders_for',
+           'add_run_arguments', 'add_arguments', 'check_counts', 'check_options', 'Run', 'loaders_for',
            'feature_source', 'identity', 'chosen_precision', 'recipe_settings', 'keeping', 'probing', 'fit',
            'processes', 'unsure_below', 'judge', 'new_model', 'train', 'summary', 'main']
 
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import GroceryError, cache_dir
+from .core import GroceryError, cache_dir, check_output
 
 # %% ../nbs/06_run_training.ipynb #a23723fc
 def positive(
@@ -119,17 +119,6 @@ def add_arguments(
     add("--label", choices=("coarse", "fine"), help="what is predicted; a fine model answers coarse questions, too")
     add("--seed", type=int, default=0, help="seed of weights, shuffling and augmentation (default: %(default)s)")
     return add_run_arguments(add_recipe_arguments(add_picture_arguments(parser)))
-
-# %% ../nbs/06_run_training.ipynb #45eaa904
-def check_output(
-    path:Path, # Where a file is to be written later
-) -> Path: # The same path, whose folder exists and takes files
-    "Refuse now what would fail after an hour: raises `GroceryError` if no file can be written at `path`"
-    if path.is_dir(): raise GroceryError(f"The output {path} is a folder; name a file in it, such as {path/'model.pth'}")
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise GroceryError(f"The folder {path.parent} cannot be made ({e.strerror}); choose another --output") from e
-    if not os.access(path.parent, os.W_OK): raise GroceryError(f"The folder {path.parent} takes no files; choose another --output")
-    return path
 
 # %% ../nbs/06_run_training.ipynb #1cc53ddf
 def check_counts(

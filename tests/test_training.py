@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def trained(loaders, classes, seed=0, watch=False, epochs=2, **options):
     torch.manual_seed(seed)
-    model = create_model(classes)
+    model = create_model(classes, weights=None)
     train, val = loaders(seed=seed, **options)
     history = train_model(model, train, epochs, 1e-3, val_loader=val if watch else None, progress=False)
     return model, history
@@ -54,7 +54,7 @@ class Recorder(Callback):
 
 def test_history_and_callbacks(loaders, classes):
     seen = Recorder()
-    model, (train, val) = create_model(classes), loaders()
+    model, (train, val) = create_model(classes, weights=None), loaders()
     history = train_model(model, train, 2, 1e-3, val_loader=val, progress=False, callbacks=[seen])
     assert seen.epochs == history and [r["epoch"] for r in history] == [1, 2] and seen.moments == ["start", "end"]
     assert all(list(r) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds"] for r in history)
@@ -87,7 +87,7 @@ def test_a_few_pictures_are_learnt_by_heart(loaders, classes):
     torch.manual_seed(0)
     images, labels = next(iter(loaders(augment=False)[0]))
     few = DataLoader(TensorDataset(images, labels), 32)
-    model = create_model(classes)
+    model = create_model(classes, weights=None)
     model.apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, nn.Dropout) else None)
     train_model(model, few, 30, 3e-3, progress=False)
     with torch.no_grad(): assert (model.train()(images).argmax(1) == labels).all()
@@ -103,7 +103,7 @@ def test_loss_is_the_mean_over_samples():
 
 
 def test_evaluate_agrees_with_predict_and_changes_nothing(loaders, classes):
-    model, (_, val) = create_model(classes), loaders()
+    model, (_, val) = create_model(classes, weights=None), loaders()
     model.train()
     model.features[0].eval()
     modes, before, state = [m.training for m in model.modules()], weights(model), torch.get_rng_state()
@@ -290,7 +290,7 @@ def test_early_stopping_with_an_average_keeps_the_averaged_weights():
 
 
 def test_fastest_precision_changes_nothing(loaders, classes):
-    model, (images, labels) = create_model(classes).eval(), next(iter(loaders()[0]))
+    model, (images, labels) = create_model(classes, weights=None).eval(), next(iter(loaders()[0]))
     before, state = weights(model), torch.get_rng_state()
     seconds = fastest_precision(model, images[:4], labels[:4], repeats=1)
     assert set(seconds) == {"float32", "bfloat16", "float16"} and list(seconds.values()) == sorted(seconds.values())
@@ -376,7 +376,7 @@ def test_resume_is_exact_without_a_length(tmp_path):
 def test_resume_with_another_number_of_workers(loaders, classes, tmp_path):
     def go(at=0, workers=0, **more):
         torch.manual_seed(0)
-        model, (train, val) = create_model(classes), loaders(num_workers=workers)
+        model, (train, val) = create_model(classes, weights=None), loaders(num_workers=workers)
         try: train_model(model, train, 2, 1e-3, val, progress=False, checkpoints=tmp_path/"run", every=1, callbacks=[Recorder(at)], **more)
         except KeyboardInterrupt: return None
         return weights(model)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_probe_is_the_plain_network(loaders, classes, tmp_path):
     torch.manual_seed(0)
-    model, (train, val) = create_model(classes), loaders(augment=False)
+    model, (train, val) = create_model(classes, weights=None), loaders(augment=False)
     body, head = split_head(model)
     frozen, old_head, ran = weights(body), weights(head), []
     class AfterEpoch(Callback):
@@ -43,7 +43,7 @@ def test_probe_is_the_plain_network(loaders, classes, tmp_path):
 def test_probe_does_not_depend_on_the_cache(loaders, classes, tmp_path):
     def probe(**cached):
         torch.manual_seed(0)
-        model = create_model(classes)
+        model = create_model(classes, weights=None)
         train_probe(model, *loaders(augment=False, seed=cached.pop("order", 0)), epochs=2, progress=False, **cached)
         return weights(model)
     plain = probe()
@@ -53,7 +53,7 @@ def test_probe_does_not_depend_on_the_cache(loaders, classes, tmp_path):
 
 
 def test_stale_features_are_refused(loaders, classes, tmp_path):
-    body, _ = split_head(create_model(classes))
+    body, _ = split_head(create_model(classes, weights=None))
     val, cache = loaders()[1], tmp_path/"features.npz"
     old, _ = extract_features(body, val, cache, key="tiny")
     with torch.no_grad(): next(body.parameters()).mul_(1.01)
@@ -62,7 +62,7 @@ def test_stale_features_are_refused(loaders, classes, tmp_path):
 
 
 def test_a_forgotten_key_does_not_give_the_wrong_labels(loaders, classes, tmp_path):
-    body, _ = split_head(create_model(classes))
+    body, _ = split_head(create_model(classes, weights=None))
     coarse, fine = loaders()[1], loaders(label="fine")[1]
     extract_features(body, coarse, tmp_path/"features.npz", key="the same")
     labels = extract_features(body, fine, tmp_path/"features.npz", key="the same")[1]
@@ -117,7 +117,7 @@ def settled(model):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_folding_keeps_the_answers(backbone, layout):
     torch.manual_seed(0)
-    model = settled(create_model(7, backbone)).cpu().to(memory_format=layout)
+    model = settled(create_model(7, backbone, weights=None)).cpu().to(memory_format=layout)
     before, images = weights(model), torch.randn(3, 3, 64, 64)
     quick = folded(model.train())
     assert model.training and weights(model) == before and not any(m.training for m in quick.modules())
@@ -142,7 +142,7 @@ def test_folding_leaves_alone_what_it_does_not_know():
 
 
 def test_features_are_those_of_the_plain_body(loaders, classes):
-    body, _ = split_head(settled(create_model(classes)))
+    body, _ = split_head(settled(create_model(classes, weights=None)))
     val = loaders()[1]
     features, plain = extract_features(body, val)[0].numpy(), predict(body, val)[0]
     assert np.abs(features - plain).max() < 1e-4*max(1, np.abs(plain).max())
@@ -338,7 +338,7 @@ def test_finetune_on_real_loaders(loaders, classes, tmp_path):
     def run(seed=0, **options):
         torch.manual_seed(seed)
         (train, val), plain = loaders(), loaders(augment=False)[0]
-        model = create_model(classes)
+        model = create_model(classes, weights=None)
         return model, finetune(model, train, val, 1, 1e-3, probe_loader=plain, probe_epochs=2, cache=tmp_path/"features", key="tiny",
                                progress=False, schedule="onecycle", body_lr=0.1, ema=0.9, **options)
     model, history = run()
