@@ -233,7 +233,7 @@ class ModelConfig:
     "What a model is made of; a wrong value raises a `ModelError` at once"
     num_classes:int # At least 2
     backbone:str="mobilenet_v3_small" # A name in `BACKBONES`
-    weights:"str|None"=None # "imagenet", or None to start at random
+    weights:"str|None"="imagenet" # Or None, to start at random
     dropout:float=0.2 # Share of the features that training drops
 
     def __post_init__(self):
@@ -291,7 +291,7 @@ def build_model(
 def create_model(
     num_classes:int, # At least 2
     backbone:str="mobilenet_v3_small", # A name in `BACKBONES`
-    weights:"str|None"=None, # "imagenet", or None to start at random
+    weights:"str|None"="imagenet", # Or None, to start at random
 ) -> nn.Module: # On `DEVICE`, in training mode, with `.config`
     "A backbone whose last layer has `num_classes` outputs; `ModelError` if the weights cannot be had, never a silent fallback"
     return build_model(ModelConfig(num_classes, backbone, weights))
@@ -578,7 +578,7 @@ def wanted_config(
         if num_classes is None:
             raise ModelError(f"{path} has no card {card_path(path).name} beside it, so that its number of classes is not known; "
                              "copy the card there, too, or give load_model the num_classes")
-        return ModelConfig(num_classes, backbone or "mobilenet_v3_small")
+        return ModelConfig(num_classes, backbone or "mobilenet_v3_small", weights=None)
     if num_classes not in (None, card.num_classes):
         raise ModelError(f"{path} is a model of {card.num_classes} classes, and {num_classes} were asked for; "
                          "take the classes it was trained on, or train again")

