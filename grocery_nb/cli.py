@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
-from .core import GroceryError
+from .core import GroceryError, check_output
 from .measuring import compare, comparison_report, measure, report, two_names, under_conditions
-from .run_training import add_arguments, check_output, train
+from .run_training import add_arguments, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
 def data_mini(

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GroceryError', 'MissingExtra', 'needs', 'fsync_folder', 'atomic_path', 'atomic_write', 'sha256_file', 'cache_path',
-           'cache_dir']
+           'cache_dir', 'user_path', 'beside', 'shell_command', 'check_output', 'check_apart', 'check_ours']
 
 # %% ../nbs/90_core.ipynb #80eedc46
 import hashlib
 import os
+import re
 import secrets
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,3 +102,74 @@ def cache_dir(
         raise GroceryError(f"The cache folder {folder} cannot be made ({e.strerror}); "
                            "set GROCERY_CACHE_DIR to a folder that you may write to") from e
     return folder
+
+# %% ../nbs/90_core.ipynb #dcf7a59c
+def user_path(
+    text:"str|Path", # From the command line or the environment
+) -> Path: # With the home folder in place of `~`
+    "A path as a person writes it; `GroceryError` for an empty one and for a home that does not exist"
+    if not str(text): raise GroceryError("A path is empty; name a file or a folder")
+    try: return Path(text).expanduser()
+    except RuntimeError as e: raise GroceryError(f"The home folder in {text} is not known; write the path out") from e
+
+# %% ../nbs/90_core.ipynb #c335bc46
+def beside(
+    path:"str|Path", # A file
+    suffix:str, # Such as ".json"
+) -> Path: # model.pth -> model.pth.json
+    "The name of a file that belongs to another one: its whole name, and something more"
+    return Path(f"{path}{suffix}")
+
+# %% ../nbs/90_core.ipynb #8184bb6e
+def shell_command(
+    parts:list, # Program and arguments, `str` or `Path`
+    windows:bool=os.name == "nt", # Quote for PowerShell
+) -> str: # One line that can be pasted into a shell
+    "A command as a person can paste it, whatever its file names hold"
+    parts = [str(part) for part in parts]
+    if not windows: return shlex.join(parts)
+    safe = re.compile(r"[\w.:\\/=+-]+")
+    quoted = [part if safe.fullmatch(part) else "'" + part.replace("'", "''") + "'" for part in parts]
+    return ("& " if quoted and quoted[0] != parts[0] else "") + " ".join(quoted)
+
+# %% ../nbs/90_core.ipynb #a6958d96
+def check_output(
+    path:"str|Path", # Where a file is to be written later; its folder is made if absent
+    flag:str="--output", # How the user can name another place
+) -> Path: # The same place
+    "Refuse now what would fail after an hour: raises `GroceryError` if no file can be written at `path`"
+    path = Path(path)
+    if path.is_dir(): raise GroceryError(f"The output {path} is a folder; name a file in it, such as {path/'model.pth'}")
+    if path.exists() and not path.is_file(): raise GroceryError(f"The output {path} is no ordinary file; choose another {flag}")
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise GroceryError(f"The folder {path.parent} cannot be made ({e.strerror}); choose another {flag}") from e
+    if not os.access(path.parent, os.W_OK): raise GroceryError(f"The folder {path.parent} takes no files; choose another {flag}")
+    return path
+
+# %% ../nbs/90_core.ipynb #20ba668f
+def check_apart(
+    places:dict, # What a command reads and writes: words for the user -> path; None is skipped
+):
+    "Refuse with a `GroceryError` two things of one command that share a place, or of which one lies inside the other"
+    seen = {}
+    for what, path in places.items():
+        if path is None: continue
+        place = tuple(part.casefold() for part in Path(os.path.realpath(path)).parts)
+        for other, (its, other_path) in seen.items():
+            shorter = min(len(place), len(its))
+            if place[:shorter] != its[:shorter]: continue
+            raise GroceryError(f"{what[0].upper() + what[1:]} {path} meets {other} {other_path}; give one of them another name")
+        seen[what] = (place, path)
+
+# %% ../nbs/90_core.ipynb #f509b888
+def check_ours(
+    path:"str|Path", # Where a file is to be written later
+    ours, # Called with the path of an existing file; true if a program of this package wrote it
+    what:str, # What will be written, such as "report"
+    flag:str="--output", # How the user can name another place
+) -> Path: # The same place
+    "Refuse with a `GroceryError` to replace a file that somebody else wrote; an empty file may go"
+    path = Path(path)
+    if path.exists() and path.is_file() and path.stat().st_size and not ours(path):
+        raise GroceryError(f"{path} exists and is no {what} of this program; move it away, or choose another {flag}")
+    return path

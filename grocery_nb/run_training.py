@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SETTINGS', 'PICTURES', 'positive', 'share', 'add_picture_arguments', 'add_recipe_arguments',
-           'add_run_arguments', 'add_arguments', 'check_output', 'check_counts', 'check_options', 'Run', 'loaders_for',
+           'add_run_arguments', 'add_arguments', 'check_counts', 'check_options', 'Run', 'loaders_for',
            'feature_source', 'identity', 'chosen_precision', 'recipe_settings', 'keeping', 'probing', 'fit',
            'processes', 'unsure_below', 'judge', 'new_model', 'train', 'summary', 'main']
 
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import GroceryError, cache_dir
+from .core import GroceryError, cache_dir, check_output
 
 # %% ../nbs/06_run_training.ipynb #a23723fc
 def positive(
@@ -47,7 +47,7 @@ RECIPES = {
     "finetune": dict(epochs=12, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine", schedule="onecycle",
                      warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0, body_lr=0.5, freeze_norm=True, mix=0.5,
                      train_size=192, train_resize=348, min_area=0.25, light=0.3, tint=0.1)}
-SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=0.0, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0,
+SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=None, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0,
                 freeze_norm=False, mix=0.0)
 PICTURES = dict(probe_epochs=20, keep_probe=0.0, train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
 
@@ -119,17 +119,6 @@ def add_arguments(
     add("--label", choices=("coarse", "fine"), help="what is predicted; a fine model answers coarse questions, too")
     add("--seed", type=int, default=0, help="seed of weights, shuffling and augmentation (default: %(default)s)")
     return add_run_arguments(add_recipe_arguments(add_picture_arguments(parser)))
-
-# %% ../nbs/06_run_training.ipynb #45eaa904
-def check_output(
-    path:Path, # Where a file is to be written later
-) -> Path: # The same path, whose folder exists and takes files
-    "Refuse now what would fail after an hour: raises `GroceryError` if no file can be written at `path`"
-    if path.is_dir(): raise GroceryError(f"The output {path} is a folder; name a file in it, such as {path/'model.pth'}")
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise GroceryError(f"The folder {path.parent} cannot be made ({e.strerror}); choose another --output") from e
-    if not os.access(path.parent, os.W_OK): raise GroceryError(f"The folder {path.parent} takes no files; choose another --output")
-    return path
 
 # %% ../nbs/06_run_training.ipynb #1cc53ddf
 def check_counts(

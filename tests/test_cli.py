@@ -183,7 +183,7 @@ def test_card_of_a_fine_model_serves_coarse_questions(here, tiny, caches, tmp_pa
 
 def test_model_without_a_card(here, trained, tmp_path):
     shutil.copy(trained, tmp_path / "bare.pth")
-    refused(here("evaluate", "bare.pth"), "bare.pth has no card bare.json beside it")
+    refused(here("evaluate", "bare.pth"), "bare.pth has no card bare.pth.json beside it")
 
 
 def test_unfinished_training_is_not_overwritten(here, tiny, caches, tmp_path):
