@@ -78,7 +78,7 @@ def train_command(
     run = train(options)
     print(f"Validation accuracy: {told(run.evaluation)}")
     if run.hierarchy is not None: print(f"Coarse classes:      {told(run.hierarchy.coarse)}, from summed probabilities")
-    print(f"Weights: {run.output}\nCard:    {run.output.with_suffix('.json')}\nNext:    grocery evaluate {run.output}")
+    print(f"Weights: {run.output}\nCard:    {run.output}.json\nNext:    grocery evaluate {run.output}")
 
 # %% ../nbs/91_cli.ipynb #6be7bf5d
 def evaluate_command(

@@ -47,7 +47,7 @@ RECIPES = {
     "finetune": dict(epochs=12, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine", schedule="onecycle",
                      warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0, body_lr=0.5, freeze_norm=True, mix=0.5,
                      train_size=192, train_resize=348, min_area=0.25, light=0.3, tint=0.1)}
-SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=0.0, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0,
+SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=None, accumulate=1, clip=0.0, label_smoothing=0.0, ema=0.0, patience=0,
                 freeze_norm=False, mix=0.0)
 PICTURES = dict(probe_epochs=20, keep_probe=0.0, train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
 
@@ -338,7 +338,7 @@ def summary(
     run:Run, # What a training left
 ) -> str: # Three lines
     "What came out of a training, and where it is"
-    return f"Validation accuracy: {run.evaluation.top1:.1%}\nWeights: {run.output}\nCard: {run.output.with_suffix('.json')}"
+    return f"Validation accuracy: {run.evaluation.top1:.1%}\nWeights: {run.output}\nCard: {run.output}.json"
 
 # %% ../nbs/06_run_training.ipynb #fccbb5e9
 def main(

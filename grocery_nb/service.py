@@ -52,8 +52,8 @@ class TorchPredictor:
     ):
         with needs("train"): import torch
         from grocery_nb.model_utils import DEVICE, load_model
-        if not Path(path).with_suffix(".json").is_file():
-            raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its model.json beside it")
+        if not Path(f"{path}.json").is_file():
+            raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its model.pth.json beside it")
         torch.set_num_threads(threads)
         self.torch, self.device, self.path, self.model = torch, DEVICE, path, load_model(None, path)
         self.card, self.version = edge_card(self.model.card), self.model.card.sha256[:12]

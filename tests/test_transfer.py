@@ -171,6 +171,44 @@ def test_wrong_settings_are_refused_before_a_photo_is_read(wrong, says):
         assert isinstance(error.value, GroceryError) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [dict(body_lr=0.5), dict(freeze_norm=True), dict(channels_last=False)])
+def test_a_probe_refuses_what_it_cannot_honour(wrong):
+    with pytest.raises(TrainError, match="a probe trains the last layer alone"): train_probe(Small(), DataLoader(vectors(), 8), progress=False, **wrong)
+
+
+def probed(seed=0, body=0, **options):
+    torch.manual_seed(body)
+    model = Small()
+    torch.manual_seed(seed)
+    settings = dict(epochs=3, lr=1e-2, batch_size=8, progress=False, label_smoothing=0.1, ema=0.9, schedule="cosine", warmup=0.1, patience=3, clip=1.0,
+                    class_weights=(1, 2, 3), mix=0.5, accumulate=2)
+    return model, train_probe(model, DataLoader(vectors(), 8, shuffle=True), DataLoader(vectors(12, seed=1), 12), **{**settings, **options})
+
+
+def test_what_a_probe_honours_changes_its_weights():
+    usual = weights(probed()[0])
+    for other in (dict(label_smoothing=0.0), dict(ema=0.0), dict(schedule="onecycle"), dict(warmup=0.0), dict(clip=0.0), dict(class_weights=None),
+                  dict(mix=0.0), dict(accumulate=1), dict(weight_decay=0.5)):
+        assert weights(probed(**other)[0]) != usual, other
+
+
+def test_a_probe_goes_on_where_it_was_stopped(tmp_path):
+    model, history = probed()
+    with pytest.raises(KeyboardInterrupt): probed(checkpoints=tmp_path, every=1, callbacks=[Kill(3)])
+    again, resumed = probed(seed=7, checkpoints=tmp_path, every=1, resume=True)
+    assert weights(again) == weights(model) and told(resumed) == told(history)
+    with pytest.raises(CheckpointError, match="batch size was 8"): probed(checkpoints=tmp_path, resume=True, batch_size=6)
+    with pytest.raises(CheckpointError, match="body was"): probed(body=1, checkpoints=tmp_path, resume=True)
+
+
+def test_no_probe_epochs_make_no_probe():
+    history = tuned(probe_epochs=0)[1]
+    assert [r["phase"] for r in history] == ["finetune"]*3
+    with pytest.raises(TrainError, match="there is no probe"): tuned(probe_epochs=0, keep_probe=0.5)
+    for wrong in dict(probe_epochs=1.5), dict(momentum=2), dict(every=-1), dict(keep_probe="0.1"):
+        with pytest.raises(TrainError, match=f"{next(iter(wrong))} is"): tuned(**wrong)
+
+
 class Kill(Callback):
     def __init__(self, at): self.at = at
 
