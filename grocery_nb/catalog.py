@@ -173,7 +173,7 @@ def read_classes(
     except DataError as e: raise DataError(f"{short(csv)}, row {row}: {e}") from None
     return Classes(classes.names("fine"), classes.names("coarse"), dict(sorted(classes.coarse_of.items())))
 
-# %% ../nbs/01_catalog.ipynb #35fb8f28
+# %% ../nbs/01_catalog.ipynb #bdd16d2d
 SOURCES = ("mini", "grocery")
 SPLITS = ("train", "val", "test")
 LAB_DIR = "~/GroceryStoreDataset/dataset" # Where the course's labs have the photos
@@ -184,14 +184,14 @@ def holds_data(
     "Whether a folder looks like that of a data set"
     return any((folder/name).is_file() for name in ("classes.csv", *(f"{split}.txt" for split in SPLITS)))
 
-# %% ../nbs/01_catalog.ipynb #ce35084b
+# %% ../nbs/01_catalog.ipynb #4c45fb3e
 def data_set_in(
     folder:Path, # The folder of a data set, or the root of a clone that has it in `dataset`
 ) -> Path: # The folder of the data set
     "The folder itself, or its `dataset` if it is the root of a clone"
     return folder/"dataset" if holds_data(folder/"dataset") and not holds_data(folder) else folder
 
-# %% ../nbs/01_catalog.ipynb #89a275dd
+# %% ../nbs/01_catalog.ipynb #9d531751
 def data_path(
     source:"str|Path|None"=None, # "mini", "grocery", or a folder; None is `GROCERY_DATA_DIR`, or else "mini"
 ) -> Path: # A folder that may not be there yet
@@ -203,7 +203,7 @@ def data_path(
     lab = Path(os.path.expanduser(LAB_DIR))
     return lab if holds_data(lab) else cache_path("grocery-store")
 
-# %% ../nbs/01_catalog.ipynb #28a0de36
+# %% ../nbs/01_catalog.ipynb #5b6df2cf
 def source_name(
     source:"str|Path|None"=None, # As for `data_path`
 ) -> str: # "mini", "grocery", or an absolute path
