@@ -359,7 +359,7 @@ def check_described(
         raise EdgeError("The model's weights were changed after they were loaded, so that its card describes others; "
                         "save it with save_model, load it again, and export that")
 
-# %% ../nbs/08_edge.ipynb #3787b979
+# %% ../nbs/08_edge.ipynb #7228bd63
 def is_export(
     path:Path, # A file that exists
 ) -> bool:
