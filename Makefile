@@ -37,11 +37,11 @@ runs/demo/model.pth: | $(READY)
 
 test: $(READY)  ## Notebooks (nbdev_test), then everything that crosses chapters (pytest)
 	env -u GROCERY_DATA_DIR OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_frontend.py
-	$(BIN)/python -m pytest tests/test_frontend.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+	$(BIN)/python -m pytest -m browser
 
 lab: $(READY)  ## Open the workbook in JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --config=.jupyter/jupyter_lab_config.py nbs/index.ipynb
 
 export: $(READY)  ## Notebooks -> package, and clean notebooks; after every change of a notebook
 	$(BIN)/nbdev_export

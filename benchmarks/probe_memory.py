@@ -50,7 +50,7 @@ def our_training(root, size):
     from grocery_nb.train_utils import train_model
 
     train_loader, val_loader = get_loaders(batch_size=32, root=root, preprocessing=Preprocessing(size=size, resize=size * 8 // 7))
-    train_model(create_model(len(train_loader.dataset.classes)), train_loader, 1, 1e-3, val_loader, progress=False)
+    train_model(create_model(len(train_loader.dataset.classes), weights=None), train_loader, 1, 1e-3, val_loader, progress=False)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def epoch_ours(data):
 
     with processes() as shard:
         loader = get_loaders(batch_size=BATCH, root=data, shard=shard)[0]
-        model = create_model(len(loader.dataset.classes))
+        model = create_model(len(loader.dataset.classes), weights=None)
         def job(): train_model(model, loader, epochs=1, lr=1e-3, progress=False)
         job()
         figure = timed(job, len(loader.dataset))

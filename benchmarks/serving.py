@@ -37,7 +37,7 @@ def models(data, folder):
 
     classes = [name for _, name in sorted(get_classes().items())]
     torch.manual_seed(0)
-    save_model(create_model(len(classes)), folder / "model.pth", classes=classes, label="coarse")
+    save_model(create_model(len(classes), weights=None), folder / "model.pth", classes=classes, label="coarse")
     export_file(folder / "model.pth")
 
 

@@ -213,7 +213,7 @@ def pad_collate(
     return batch, torch.tensor(labels, dtype=torch.int64)
 
 # %% ../nbs/02_data.ipynb #fd2f77d3
-CACHE_FORMAT = 1 # To be raised whenever the bytes of a cache get another meaning
+CACHE_FORMAT = 2 # To be raised whenever the bytes of a cache get another meaning
 
 def cache_file(
     csv:"str|Path", # An index

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from .checkpoint import CheckpointFolder, check_same, random_state, read_state, set_random_state, write_state
 from .core import atomic_path, needs
 from .model_utils import set_momentum, split_head
-from .train_utils import (Callback, Recipe, TrainError, check_settings, from_first, gathered, predict, rank_and_world,
-                                    start_over, train_model)
+from .train_utils import Callback, from_first, gathered, predict, rank_and_world, start_over, train_model
+from .training.recipes import Recipe, TrainError, check_probe, check_settings
 
 # %% ../nbs/04a_transfer.ipynb #8c0513af
 with needs("train"):
@@ -179,12 +179,17 @@ def train_probe(
     key:str="", # Which data, labels and preprocessing; needed with `cache`
     progress:bool=True, # A bar on standard error while features are computed
     callbacks:list=(), # Told of the head's training; the whole model is up to date by then
-    **recipe, # Other fields of `Recipe`
+    checkpoints:"str|Path|None"=None, # A folder for checkpoints of the head's training
+    every:int=100, # Steps between checkpoints; 0 writes them after epochs only
+    resume:bool=False, # Go on where the newest checkpoint left off, if there is one
+    identity:"dict|None"=None, # What else must be the same then, such as the digest of the data
+    **recipe, # Other fields of `Recipe`; one that speaks of the body is refused
 ) -> list: # The history, as from `train_model`
     "Train the last layer alone on features that are computed once; raises `TrainError`; leaves the model in eval mode"
-    check_settings(epochs, lr)
-    settings = vars(Recipe(weight_decay=weight_decay, **recipe))
+    check_settings(epochs=epochs, lr=lr, batch_size=batch_size, every=every)
+    settings = vars(check_probe(Recipe(weight_decay=weight_decay, **recipe)))
     body, head = split_head(model)
+    same = {**(identity or {}), "batch size": batch_size, "body": feature_key(body, "")[:16]}
     def rows(loader, split):
         file = None if cache is None else Path(cache)/f"features-{feature_key(body, f'{key} {split}')[:16]}.npz"
         return extract_features(body, loader, file, key and f"{key} {split}", progress)
@@ -196,8 +201,8 @@ def train_probe(
     held_out = None if val_loader is None else batches(*rows(val_loader, "val"), shuffle=False)
     fold = FoldHead(head, mean, scale)
     with one_thread():  # and without a bar: all epochs together take seconds
-        history = train_model(scaled, batches(features, labels, shuffle=True), epochs, lr, held_out, progress=False,
-                              callbacks=[fold, *callbacks], **settings)
+        history = train_model(scaled, batches(features, labels, shuffle=True), epochs, lr, held_out, False, [fold, *callbacks],
+                              checkpoints, every, resume, same, **settings)
     model.eval()
     return history
 
@@ -245,7 +250,7 @@ def finetune(
     epochs:int=20, # Of the fine-tuning
     lr:float=1e-3, # Of the head in the fine-tuning; the body's is `body_lr` times that
     probe_loader=None, # The training images without augmentation; without it no probe is made
-    probe_epochs:int=20, # Passes over the features
+    probe_epochs:int=20, # Passes over the features; 0 makes no probe
     cache:"str|Path|None"=None, # A folder for the features
     key:str="", # Which data, labels and preprocessing; needed with `cache`
     progress:bool=True, # Bars on standard error
@@ -259,11 +264,12 @@ def finetune(
     **recipe, # Fields of `Recipe`, for the fine-tuning
 ) -> list: # As from `train_model`, probe first, with `phase`: "probe" or "finetune"
     "Linear probe, then all layers (arXiv:2202.10054); raises `TrainError` or `CheckpointError`; resumed or not, the same weights"
-    check_settings(epochs, lr)
+    check_settings(epochs=epochs, lr=lr, probe_epochs=probe_epochs, keep_probe=keep_probe, momentum=momentum, every=every)
     settings, before = Recipe(**recipe), []
+    probe_loader = probe_loader if probe_epochs else None
     loss = dict(label_smoothing=settings.label_smoothing, class_weights=settings.class_weights)
-    if not 0 <= keep_probe <= (probe_loader is not None):
-        raise TrainError(f"keep_probe is {keep_probe}; it is a share from 0 to 1 of a probe's weights, and 0 without a probe_loader")
+    if keep_probe and probe_loader is None:
+        raise TrainError(f"keep_probe is {keep_probe}, and there is no probe; give a probe_loader and at least 1 of probe_epochs")
     same = {**(identity or {}), "probe epochs": 0 if probe_loader is None else probe_epochs, "momentum": momentum, "keep probe": keep_probe}
     def probe():
         return train_probe(model, probe_loader, val_loader, probe_epochs, batch_size=getattr(probe_loader, "batch_size", None) or 32,

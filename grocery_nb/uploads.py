@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATUS', 'READABLE', 'OTHERS', 'STARTS', 'TAKEN', 'SOS', 'FRAMES', 'NEEDED', 'MARKER', 'READERS', 'TURNS',
            'UploadError', 'Limits', 'other_format', 'sniff', 'Header', 'orientation', 'damaged', 'jpeg_segments',
-           'count_scans', 'jpeg_weight', 'read_jpeg', 'read_png', 'skip_block', 'read_gif', 'webp_size', 'read_webp',
-           'read_bmp', 'read_header', 'check_limits', 'as_shown', 'safe_decode']
+           'count_scans', 'jpeg_weight', 'read_jpeg', 'is_sound', 'read_png', 'skip_block', 'read_gif', 'webp_size',
+           'read_webp', 'read_bmp', 'read_header', 'check_limits', 'as_shown', 'safe_decode']
 
 # %% ../nbs/08a_uploads.ipynb #15315b44
 import re
@@ -16,7 +16,8 @@ from io import BytesIO
 from struct import error as StructError
 from struct import unpack_from
 from typing import NamedTuple
-from zlib import crc32
+from zlib import crc32, decompressobj
+from zlib import error as ZlibError
 
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
@@ -87,7 +88,7 @@ class Header(NamedTuple):
     format: str # As Pillow calls it
     width: int # Pixels, as stored
     height: int # Pixels, as stored
-    data: bytes # What the decoder is given: the picture, without texts, thumbnails and profiles
+    data: bytes # What the decoder is given: the picture, without texts and thumbnails
     orientation: int = 1 # EXIF, 1 to 8
     weight: float = 1 # Memory a pixel takes while decoding, in units of 4 bytes
     scans: int = 1 # How often the decoder goes over all pixels
@@ -177,7 +178,8 @@ def read_jpeg(
         contents = data[start + 4:stop]
         if kind in FRAMES: frames.append((kind, contents))
         if kind == 0xE1 and contents.startswith(b"Exif\0\0") and turn == 1: turn = orientation(contents[6:])
-        if kind in NEEDED or contents.startswith(b"JFIF\0"): kept.append(data[start:stop])
+        colours = contents.startswith(b"ICC_PROFILE\0") and len(contents) > 14
+        if kind in NEEDED or colours or contents.startswith(b"JFIF\0"): kept.append(data[start:stop])
     if len(frames) != 1: raise damaged("JPEG", f"{len(frames)} frame headers")
     (kind, frame), together = frames[0], contents[0]  # `contents` is that of SOS: how many components come in the first scan
     bits, height, width, components = unpack_from(">BHHB", frame)
@@ -186,13 +188,24 @@ def read_jpeg(
     scans, weight = (count_scans(data, start, limits.max_parts), jpeg_weight(frame)) if several else (1, 1)
     return Header("JPEG", width, height, b"".join([*kept, data[start:]]), turn, weight, scans)
 
+# %% ../nbs/08a_uploads.ipynb #4499881e
+def is_sound(
+    chunk:bytes, # An iCCP chunk of a PNG file, with its length, name and checksum
+) -> bool:
+    "Whether a colour profile can be unpacked, and to a megabyte at most"
+    _, _, packed = chunk[8:-4].partition(b"\0")
+    unpacker = decompressobj()
+    try: unpacker.decompress(packed[1:], 1 << 20)
+    except ZlibError: return False
+    return packed[:1] == b"\0" and unpacker.eof and crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+
 # %% ../nbs/08a_uploads.ipynb #1456a9e6
 def read_png(
     data:bytes, # A PNG file
     limits:Limits, # For the number of chunks
 ) -> Header: # With a file that has kept the chunks that make the picture
     "Walk through a PNG's chunks (W3C PNG, section 5.3); `UploadError` for a flood or a file that is cut off"
-    view, kept, position, turn = memoryview(data), [data[:8]], 8, 1
+    view, kept, position, turn, profile = memoryview(data), [data[:8]], 8, 1, False
     if data[12:16] != b"IHDR": raise damaged("PNG", "it does not begin with its header")
     for _ in range(limits.max_parts):
         length, name = unpack_from(">I4s", data, position)
@@ -202,6 +215,7 @@ def read_png(
             if view[stop - 4:stop] != crc32(view[position + 4:stop - 4]).to_bytes(4, "big"): raise damaged("PNG", "a checksum is wrong")
             if name == b"IHDR" and position > 8: raise damaged("PNG", "two headers")
             kept.append(view[position:stop])
+        if name == b"iCCP" and not profile and (profile := is_sound(data[position:stop])): kept.append(view[position:stop])
         if name == b"eXIf": turn = orientation(data[position + 8:stop - 4])
         if name == b"IEND": return Header("PNG", *unpack_from(">II", data, 16), b"".join(kept), turn)
         position = stop
@@ -316,7 +330,7 @@ def as_shown(
 ) -> Image.Image: # RGB, upright; the same object if nothing was to be done
     "Turn a picture and make it RGB as a viewer would"
     if orientation in TURNS: image = image.transpose(TURNS[orientation])
-    return image if image.mode == "RGB" and not image.has_transparency_data else to_rgb(image)
+    return to_rgb(image)
 
 # %% ../nbs/08a_uploads.ipynb #61b698e6
 def safe_decode(

@@ -37,7 +37,7 @@ def exported(tmp_path_factory):
 
         from grocery_nb.model_utils import create_model, save_model, set_momentum
         torch.manual_seed(0)
-        model = set_momentum(create_model(5, backbone), 1.0).train()
+        model = set_momentum(create_model(5, backbone, weights=None), 1.0).train()
         with torch.no_grad():
             model(torch.randn(8, 3, 96, 96))
             model.classifier[-1].weight *= 2
@@ -126,12 +126,12 @@ def test_another_model_is_found_out(onnx_file):
     with torch.no_grad(): model.features[0][0].weight[0] += 0.01
     with pytest.raises(EdgeError, match="a logit differs by"): check_parity(model, onnx_file)
     with pytest.raises(EdgeError, match="changed after they were loaded"): export_onnx(model, onnx_file)
-    with pytest.raises(EdgeError, match="5 logits and the model 7"): check_parity(create_model(7), onnx_file)
+    with pytest.raises(EdgeError, match="5 logits and the model 7"): check_parity(create_model(7, weights=None), onnx_file)
 
 
 def test_models_without_card_or_names(onnx_file, tmp_path):
     from grocery_nb.model_utils import ModelError, create_model, save_model
-    model = create_model(5)
+    model = create_model(5, weights=None)
     with pytest.raises(EdgeError, match="no card"): export_onnx(model, tmp_path / "model.onnx")
     save_model(model, tmp_path / "model.pth")
     with pytest.raises(EdgeError, match="names no classes"): export_file(tmp_path / "model.pth")

