@@ -35,11 +35,11 @@ def data_mini(
 
 # %% ../nbs/91_cli.ipynb #765a8d3b
 def data_validate(
-    options:argparse.Namespace, # source: mini, grocery or a folder
+    options:argparse.Namespace, # source: mini, grocery, a folder, or None
 ) -> int: # 1 if the data has errors
     "Check every row and every photo of a data set, and print one table"
     from grocery_nb.catalog import data_dir, validate_dataset
-    found = validate_dataset(data_dir(options.source))
+    found = validate_dataset(data_dir(options.source, progress=True))
     print(found)
     return 0 if found.ok else 1
 
@@ -187,11 +187,10 @@ def demo_command(
     "Data, training, evaluation, model and report, on Mini Grocery unless told otherwise"
     from grocery_nb.catalog import data_dir
     from grocery_nb.report import check_place
-    from grocery_nb.synthetic import mini_dir
     model = check_output(options.output/"model.pth")
     check_place(options.output/"report.html", "--output")
     print("1/3 Data (Mini Grocery is drawn once and kept)")
-    root = mini_dir(progress=not options.quiet) if options.data == "mini" else data_dir(options.data)
+    root = data_dir(options.data, progress=not options.quiet)
     print("2/3 Training the last layer on features of a pretrained backbone")
     flags = add_arguments(argparse.ArgumentParser())
     train(flags.parse_args([*RECIPE, "--data", options.data, "--output", str(model), "--seed", str(options.seed), *["--quiet"] * options.quiet]))
@@ -227,7 +226,7 @@ def add_data(
     data = commands.add_parser("data", help="draw, download, check or look at data").add_subparsers(dest="what", required=True)
     add_mini(data)
     validate = data.add_parser("validate", help="check every row and every photo; exit code 1 if there are errors")
-    validate.add_argument("source", nargs="?", default="mini", help="mini, grocery or a folder (default: %(default)s)")
+    validate.add_argument("source", nargs="?", help="mini, grocery or a folder (default: GROCERY_DATA_DIR, else mini)")
     validate.set_defaults(run=data_validate)
     download = data.add_parser("download", help="fetch the real photos, verified")
     download.add_argument("--output", type=Path, help="folder (default: the cache)")

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     decoders: int = Field(default_factory=usable_cores, ge=1, le=256, description="large pictures decoded at once (default: one a core)")
     threads: int = Field(default_factory=lambda: usable_cores()+1, ge=1, le=256, description="batches in work at once (default: one a core, and one)")
     compute_nice: int = Field(10, ge=0, le=19, description="how far decoding and model step back behind the event loop (Linux)")
-    data: str = Field("mini", min_length=1, description="data set behind /random-image: mini, grocery, or a folder")
+    data: str|None = Field(None, min_length=1, description="data set behind /random-image: mini, grocery, or a folder (default: GROCERY_DATA_DIR, else mini)")
     flag_dir: Path = Field(Path("runs/flags"), description="folder for flagged pictures")
     flag_max_bytes: int = Field(1 << 30, ge=0, description="bytes in that folder, at most")
     admin_token: SecretStr|None = Field(None, description="token for POST /model; without one it is forbidden")

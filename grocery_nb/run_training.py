@@ -111,7 +111,7 @@ def add_arguments(
     add("--epochs", type=positive(int), help="passes over the training split (default: as the recipe says)")
     add("--learning-rate", type=positive(float), help="of the last layer, at its highest (default: 0.001)")
     add("--output", type=Path, default=Path("model.pth"), help="weights file; its card stands beside it as .json (default: %(default)s)")
-    add("--data", default="mini", help="mini (drawn, default), grocery (real photos), or a folder in their layout")
+    add("--data", help="mini (drawn), grocery (real photos), or a folder in their layout (default: GROCERY_DATA_DIR, else mini)")
     add("--recipe", choices=tuple(RECIPES), help="scratch, probe (last layer only) or finetune (default: finetune for grocery, else scratch)")
     add("--probe", dest="recipe", action="store_const", const="probe", help="short for --recipe probe")
     add("--backbone", choices=("mobilenet_v3_small", "efficientnet_lite0"), help="network (default: as the recipe says)")
@@ -313,8 +313,8 @@ def train(
 ) -> Run: # The model in memory, and its files at `options.output`
     "The six steps of the course; raises `GroceryError` for a mistake of the user"
     options = check_options(options)
-    from grocery_nb.catalog import data_dir, data_digest, load_split, read_classes
-    root = data_dir(options.data)
+    from grocery_nb.catalog import data_dir, data_digest, load_split, read_classes, source_name
+    root = data_dir(options.data, progress=not options.quiet)
     classes = read_classes(root/"classes.csv")                                                        # 1 classes
     for split in ("train", "val"): load_split(root, split)
     from grocery_nb.model_utils import preprocessing_for, save_model
@@ -329,7 +329,7 @@ def train(
         evaluation, hierarchy, found = judge(*predict(model, loaders[1]), classes, options.label,     # 5 evaluation
                                                data_digest(root/"val.txt"))
         if rank == 0:
-            save_model(model, options.output, data=options.data, data_digest=data_digest(root/"train.txt"), history=history,
+            save_model(model, options.output, data=source_name(options.data), data_digest=data_digest(root/"train.txt"), history=history,
                        preprocessing=preprocessing_for(options.backbone), **found)                    # 6 persistence
     return Run(model, history, evaluation, hierarchy, options.output)
 
