@@ -74,7 +74,7 @@ def refusal(
     wait = response.headers.get("Retry-After", "")
     return RequestError(code, message, float(wait) if wait.isdecimal() else None)
 
-# %% ../nbs/10_frontend.ipynb #ce80e527
+# %% ../nbs/10_frontend.ipynb #ad4199c4
 def address(
     api_url:"str|None"=None, # As given; None: API_URL
 )->str: # Without a slash at its end
