@@ -354,7 +354,7 @@ def check_described(
     "Refuse with an `EdgeError` a model whose weights are not the ones that its card was written for"
     import torch
 
-    from grocery_nb.model_utils import weights_bytes
+    from grocery_nb.training.model_files import weights_bytes
     if model.card.torch == torch.__version__ and hashlib.sha256(weights_bytes(model)).hexdigest() != model.card.sha256:
         raise EdgeError("The model's weights were changed after they were loaded, so that its card describes others; "
                         "save it with save_model, load it again, and export that")
