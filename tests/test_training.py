@@ -75,6 +75,21 @@ def test_silent_without_progress_and_a_bar_with_it(capfd):
     assert out == "" and "epoch 1/1" in err and "loss=" in err and "val_accuracy=" in err
 
 
+def test_the_calls_of_notes_and_labs():
+    def go(*arguments, **settings):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 2)
+        return model, train_model(model, [(torch.eye(2, 5), torch.tensor([0, 1]))], *arguments, progress=False, **settings)
+    (first, history), (second, _) = go(), go(5, 1e-3)
+    assert len(history) == 5 and history[0]["lr"] == 1e-3 and weights(first) == weights(second)
+    assert weights(go(learning_rate=1e-2, epochs=2)[0]) == weights(go(2, 1e-2)[0]) == weights(go(2, 1e-2, learning_rate=0.01)[0])
+    for wrong in dict(lr=0.001, learning_rate=0.01), dict(lr=0.1, learning_rate=0.01):
+        with pytest.raises(TrainError, match="two names of one setting"): go(**wrong)
+    with pytest.raises(TrainError, match="lr is 'fast'"): go(learning_rate="fast")
+    from grocery_nb import train_utils
+    assert train_utils.save_checkpoint and {"save_checkpoint", "load_checkpoint", "train_model", "evaluate_model"} <= set(train_utils.__all__)
+
+
 def test_epochs_are_told_to_the_sampler():
     class Sampler(torch.utils.data.SequentialSampler):
         def set_epoch(self, epoch): told.append(epoch)
