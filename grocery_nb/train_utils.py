@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'DEFAULT_LR', 'check_labels', 'evaluating', 'device_of'
            'gathered', 'from_first', 'generator_states', 'set_generator_states', 'steps_an_epoch', 'Training',
            'cut_box', 'mix_batch', 'backward', 'sum_gradients', 'apply_gradients', 'train_step', 'fastest_precision',
            'epoch_batches', 'training_mode', 'train_epoch', 'finish_epoch', 'Callback', 'Progress', 'best_epoch',
-           'EarlyStopping', 'JsonLog', 'Checkpoints', 'run', 'start_over', 'go_on', 'checkpointed', 'one_rate',
+           'EarlyStopping', 'JsonLog', 'Checkpoints', 'run', 'start_over', 'go_on', 'checkpointed', 'one_rate', 'span',
            'train_model', 'save_checkpoint', 'load_checkpoint', 'Recipe', 'TrainError', 'balanced_weights']
 
 # %% ../nbs/04_training.ipynb #20fe8e29
@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoint import CheckpointFolder, check_same, load_checkpoint, random_state, save_checkpoint, set_random_state
+from .checkpoint import (CheckpointError, CheckpointFolder, check_same, load_checkpoint, random_state, save_checkpoint,
+                                   set_random_state)
 from .core import atomic_write, needs
 from .training.recipes import Recipe, TrainError, balanced_weights, check_setting, check_settings
 
@@ -673,6 +674,9 @@ def go_on(
     if found is None: return
     path, state = found
     check_same(state["identity"], identity, str(path))
+    begun = state["epoch"] + (state["step"] > 0)
+    if training.epochs < begun:
+        raise CheckpointError(f"{path} is in epoch {begun} already, and epochs is {training.epochs}; give at least {begun}, or start anew elsewhere")
     training.load_state_dict(state)
 
 # %% ../nbs/04_training.ipynb #d6dac183
@@ -707,6 +711,16 @@ def one_rate(
         raise TrainError(f"lr is {lr!r} and learning_rate is {learning_rate!r}; they are two names of one setting, give one of them")
     return learning_rate
 
+# %% ../nbs/04_training.ipynb #2d196e04
+def span(
+    recipe:Recipe, # Its schedule and warmup count
+    epochs:int, # Passes over the data
+) -> dict: # For the identity of a training; empty if the epochs may change
+    "The number of epochs, where the learning rate is laid out over them"
+    if recipe.schedule == "constant" and not recipe.warmup: return {}
+    plan = recipe.schedule if recipe.schedule != "constant" else "warm-up"
+    return {f"epochs (the {plan} is laid out over all of them)": epochs}
+
 # %% ../nbs/04_training.ipynb #6dd007c5
 def train_model(
     model:nn.Module, # On its device already; is changed in place and left in eval mode
@@ -731,7 +745,7 @@ def train_model(
     training = Training(model, dataloader, epochs, lr, val_loader, recipe)
     size = {"parameters": sum(p.numel() for p in model.parameters()), "steps an epoch": training.steps, "processes": world}
     size["sampler"] = type(getattr(dataloader, "sampler", None)).__name__
-    same = {**asdict(recipe), "epochs": epochs, "learning rate": lr, **size, **(identity or {})}
+    same = {**asdict(recipe), **span(recipe, training.epochs), "learning rate": lr, **size, **(identity or {})}
     with checkpointed(training, checkpoints, every, resume, same) as writers:
         watchers = [Progress()]*(progress and rank == 0) + [EarlyStopping(recipe.patience)]*(recipe.patience > 0)
         run(training, [*watchers, *callbacks, *writers])

@@ -412,7 +412,7 @@ def test_a_finished_training_is_read_and_not_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(lr=2e-2), "learning rate was 0.01"), (dict(epochs=5), "epochs was 3"), (dict(ema=0.5), "ema was 0.9"),
+    (dict(lr=2e-2), "learning rate was 0.01"), (dict(schedule="cosine"), "schedule was 'constant'"), (dict(ema=0.5), "ema was 0.9"),
     (dict(identity={"data": "b"}), "data was 'a'"), (dict(dataloader=DataLoader(coloured(), 16)), "steps an epoch was 7"),
     (dict(dataloader=DataLoader(coloured(), 8)), "sampler was 'RandomSampler'"),
     (dict(model=nn.Sequential(nn.Flatten(), nn.Linear(192, 4))), "parameters was"),
@@ -424,6 +424,53 @@ def test_resume_refuses_what_is_not_the_same(tmp_path, change, says):
     before = weights(changed["model"])
     with pytest.raises(CheckpointError, match=says) as error: train_model(**changed, resume=True)
     assert isinstance(error.value, GroceryError) and "\n" not in str(error.value) and weights(changed["model"]) == before
+
+
+def fresh(epochs, loader=plain, **options):
+    model = with_state()
+    torch.manual_seed(5)
+    val_loader = DataLoader(coloured(20, seed=1), 8)
+    return model, train_model(model, loader(), epochs, 1e-2, val_loader, progress=False, **options)
+
+
+@pytest.mark.parametrize("loader", [plain, own_generator, skipping, endless])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_finished_training_goes_on_as_the_longer_one(tmp_path, loader, precision):
+    options = dict(loader=loader, ema=0.9, clip=1.0, label_smoothing=0.1, weight_decay=0.05, precision=precision, mix=0.5)
+    longer, history = fresh(4, **options)
+    fresh(2, checkpoints=tmp_path, **options)
+    torch.manual_seed(99)
+    prolonged, told = fresh(4, checkpoints=tmp_path, resume=True, **options)
+    assert weights(prolonged) == weights(longer) and without_seconds(told) == without_seconds(history)
+
+
+def test_an_interrupted_training_may_become_longer_or_shorter(tmp_path):
+    for epochs in 2, 5:
+        with pytest.raises(KeyboardInterrupt): fresh(3, checkpoints=tmp_path/f"{epochs}", every=1, callbacks=[Recorder(10)])
+        assert weights(fresh(epochs, checkpoints=tmp_path/f"{epochs}", resume=True)[0]) == weights(fresh(epochs)[0])
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_early_stopping_is_the_same_in_two_goes(tmp_path, patience):
+    "Also where the first one was stopped early: more epochs change nothing then"
+    longer, history = fresh(9, patience=patience)
+    for epochs in 2, 5, 9: prolonged, told = fresh(epochs, checkpoints=tmp_path, resume=True, patience=patience)
+    assert weights(prolonged) == weights(longer) and without_seconds(told) == without_seconds(history)
+    assert len(history) < 9
+
+
+@pytest.mark.parametrize("plan, says", [
+    (dict(schedule="cosine"), "cosine"), (dict(schedule="onecycle"), "onecycle"), (dict(warmup=0.1), "warm-up")])
+def test_a_plan_over_all_epochs_cannot_be_prolonged(tmp_path, plan, says):
+    fresh(2, checkpoints=tmp_path, **plan)
+    with pytest.raises(CheckpointError, match=f"epochs .the {says} is laid out over all of them. was 2, is now 4") as error:
+        fresh(4, checkpoints=tmp_path, resume=True, **plan)
+    assert "\n" not in str(error.value)
+
+
+def test_no_epoch_is_undone(tmp_path):
+    fresh(3, checkpoints=tmp_path)
+    with pytest.raises(CheckpointError, match="is in epoch 3 already, and epochs is 2"): fresh(2, checkpoints=tmp_path, resume=True)
 
 
 def test_an_unfinished_training_is_not_written_over(tmp_path):
