@@ -12,7 +12,7 @@ from grocery_nb.checkpoint import CheckpointError, CheckpointFolder
 from grocery_nb.core import GroceryError
 from grocery_nb.model_utils import create_model, load_model, save_model
 from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, mix_batch, predict,
-                                    train_epoch, train_model)
+                                    train_epoch, train_model, validate)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -163,6 +163,50 @@ def test_errors_are_one_sentence(change, says):
     good = dict(model=nn.Linear(5, 2), dataloader=[(torch.zeros(2, 5), torch.tensor([0, 1]))], epochs=1, lr=0.1)
     with pytest.raises(TrainError, match=says) as error: train_model(**{**good, **change}, progress=False)
     assert isinstance(error.value, GroceryError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels, says", [
+    (torch.tensor([0., 1.]), r"float32 of shape \(2,\); give one class number each, such as labels.flatten\(\).long"),
+    (torch.tensor([[0], [1]]), r"int64 of shape \(2, 1\)"), (torch.eye(2), r"shape \(2, 2\); .* such as labels.argmax"),
+    (torch.tensor([[1, 0], [0, 1]]), "labels.argmax"), (torch.tensor([True, False]), "are bool"), (torch.tensor([0]), r"of 2 are int64 of shape \(1,\)"),
+    ([0, 1], "must give pairs of tensors"), (np.array([0, 1]), "must give pairs of tensors")])
+def test_labels_that_are_no_class_numbers(labels, says):
+    wrong = [(torch.ones(2, 5), labels)]
+    for call in (lambda: train_model(nn.Linear(5, 2), wrong, 1, progress=False), lambda: evaluate_model(nn.Linear(5, 2), wrong),
+                 lambda: validate(nn.Linear(5, 2), wrong), lambda: train_model(nn.Linear(5, 2), wrong, 1, progress=False, class_weights=(1, 2))):
+        with pytest.raises(TrainError, match=says) as error: call()
+        assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_of_any_width_are_labels():
+    def go(kind):
+        torch.manual_seed(0)
+        model, data = nn.Linear(5, 2), [(torch.eye(2, 5), torch.tensor([0, 1], dtype=kind))]
+        train_model(model, data, 1, 0.1, progress=False, class_weights=(1, 2))
+        return weights(model), evaluate_model(model, data), validate(model, data)
+    assert go(torch.int64) == go(torch.int32) == go(torch.uint8)
+
+
+def test_a_model_that_says_no_number_has_no_accuracy():
+    data = DataLoader(TensorDataset(torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)), 4)
+    for value in math.nan, math.inf:
+        model = nn.Linear(5, 2).requires_grad_(False)
+        model.bias[1] = value
+        for judge in evaluate_model, validate, predict:
+            with pytest.raises(TrainError, match="no numbers for 4 of 4 inputs.*lower learning rate"): judge(model, data)
+    masked = nn.Linear(5, 2).requires_grad_(False)
+    masked.bias[1] = -math.inf  # a class that is never answered
+    assert evaluate_model(masked, data) == 1
+    with pytest.raises(TrainError, match="the batch itself"): evaluate_model(nn.Linear(5, 2), [(torch.full((2, 5), math.nan), torch.tensor([0, 1]))])
+
+
+def test_a_generator_is_used_up_after_an_epoch():
+    def batches(): yield torch.zeros(2, 5), torch.tensor([0, 1])
+    with pytest.raises(TrainError, match="no batch in epoch 2; .* a generator is used up"): train_model(nn.Linear(5, 2), batches(), 3, progress=False)
+    with pytest.raises(TrainError, match="no batch to predict; .* a generator is used up"):
+        train_model(nn.Linear(5, 2), [*batches()], 3, val_loader=batches(), progress=False)
+    with pytest.raises(TrainError, match="has no batch in epoch 1.*drop_last"):
+        train_model(nn.Linear(5, 2), DataLoader(TensorDataset(torch.zeros(3, 5), torch.zeros(3).long()), 4, drop_last=True), 3, schedule="cosine")
 
 
 def test_numbers_of_numpy_are_numbers():
