@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import math
+import random
 import warnings
 
 import numpy as np
@@ -389,6 +390,37 @@ def endless():  # of unknown length
     return DataLoader(Stream(), 8)
 
 
+class Noisy(torch.utils.data.Dataset):
+    "Throws dice for each picture: from a generator of its own, or a global one"
+    def __init__(self, dice=None): self.data, self.dice = coloured(), dice
+    def __len__(self): return 50
+    def __getitem__(self, i):
+        image, label = self.data[i]
+        if isinstance(self.dice, (torch.Generator, type(None))): return image + torch.randn(image.shape, generator=self.dice), label
+        return image + float(self.dice.gauss(0, 1) if hasattr(self.dice, "gauss") else self.dice.normal()), label
+
+
+def torch_dice(seed=3): return torch.Generator().manual_seed(seed)
+def batch_sampled():
+    sampler = torch.utils.data.RandomSampler(coloured(), generator=torch_dice())
+    return DataLoader(coloured(), batch_sampler=torch.utils.data.BatchSampler(sampler, 8, drop_last=False))
+def noisy(): return DataLoader(Noisy(torch_dice()), 8, shuffle=True, generator=torch_dice(4))
+def noisy_numpy(): return DataLoader(torch.utils.data.Subset(Noisy(np.random.default_rng(3)), range(50)), 8, shuffle=True)
+def noisy_old_numpy(): return DataLoader(Noisy(np.random.RandomState(3)), 8)
+def noisy_python(): return DataLoader(Noisy(random.Random(3)), 8)
+def noisy_global(): return DataLoader(Noisy(), 8, shuffle=True, generator=torch_dice())
+def noisy_skipping():
+    from grocery_nb.data_utils import create_dataloader
+    return create_dataloader(Noisy(torch_dice()), 8, shuffle=True, seed=5)
+def skipping_by_hand():  # a loader that draws from the global generator whenever it begins
+    from grocery_nb.data_utils import EpochSampler
+    return DataLoader(coloured(), 8, sampler=EpochSampler(50, pairs=False))
+class Handmade:  # no DataLoader at all
+    def __init__(self): self.dice, self.data = torch_dice(), coloured()
+    def __len__(self): return 7
+    def __iter__(self): return (self.data[torch.randint(50, (8,), generator=self.dice)] for _ in range(7))
+
+
 def without_seconds(records): return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
@@ -426,6 +458,25 @@ def test_resume_is_exact(tmp_path, precision, patience):
 def test_resume_is_exact_with_every_loader(tmp_path, loader, every):
     interrupts = range(1, 11) if every == 1 else (7, 12) if every == 3 else (6, 11)
     interrupted_everywhere(tmp_path, loader, interrupts, every=every, val=False, **EVERYTHING)
+
+
+@pytest.mark.parametrize("loader", [batch_sampled, noisy, noisy_numpy, noisy_old_numpy, noisy_python, noisy_global, noisy_skipping, skipping_by_hand, Handmade])
+def test_resume_is_exact_whoever_throws_the_dice(tmp_path, loader):
+    interrupted_everywhere(tmp_path, loader, (1, 4, 9, 12), every=1, val=False)
+
+
+@pytest.mark.parametrize("dice", [None, torch_dice])
+def test_resume_is_exact_with_dice_in_a_worker(tmp_path, dice):
+    from grocery_nb.data_utils import create_dataloader
+    def loader(): return create_dataloader(Noisy(dice and dice()), 8, shuffle=True, seed=5, num_workers=1)
+    interrupted_everywhere(tmp_path, loader, (3, 9), every=1, val=False)
+
+
+def test_dice_that_no_checkpoint_can_hold_are_refused(tmp_path):
+    loader = DataLoader(Noisy(torch_dice()), 8, num_workers=1, persistent_workers=True)
+    with pytest.raises(TrainError, match=r"generator of its own \(dataset.dice\).*persistent_workers=False"):
+        train_model(with_state(), loader, 1, progress=False, checkpoints=tmp_path/"run")
+    assert not (tmp_path/"run").exists()
 
 
 def test_resume_is_exact_without_a_length(tmp_path):
