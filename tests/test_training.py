@@ -318,7 +318,7 @@ def test_a_float16_overflow_makes_no_step_and_is_logged_as_null(tmp_path):
         def forward(self, x): return super().forward(x)*1e4
     torch.manual_seed(0)
     model, log, seen = Explodes(5, 2), JsonLog(tmp_path/"log.jsonl"), Recorder()
-    loader = DataLoader(TensorDataset(torch.randn(32, 5), torch.randint(0, 2, (32,))), 4)
+    loader = DataLoader(TensorDataset(torch.randn(128, 5), torch.randint(0, 2, (128,))), 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_model(model, loader, 1, 1e-3, progress=False, precision="float16", schedule="cosine", callbacks=[log, seen])
@@ -328,6 +328,21 @@ def test_a_float16_overflow_makes_no_step_and_is_logged_as_null(tmp_path):
     assert after["lr"] == bad[0]["lr"]  # the schedule waited
     assert "NaN" not in log.path.read_text() and "Infinity" not in log.path.read_text()
     assert [line["gradient_norm"] is None for line in log.lines() if "step" in line] == [r in bad for r in seen.steps]
+
+
+class Endless(nn.Linear):
+    "Finite outputs, and gradients without end"
+    def forward(self, x): return super().forward(x) + (self.weight[0, 0]*0).sqrt().nan_to_num(posinf=0)
+
+
+@pytest.mark.parametrize("steps, epochs, says", [(8, 3, "up to the end of the training"), (8, 9, "up to epoch 4, step 3"), (40, 1, "up to epoch 1, step 27")])
+def test_float16_that_never_makes_a_step_is_no_training(steps, epochs, says):
+    torch.manual_seed(0)
+    model, data = Endless(5, 2), [(torch.randn(4, 5), torch.randint(0, 2, (4,)))]*steps
+    before = weights(model)
+    with pytest.raises(TrainError, match=f"no finite gradient in step after step, {says}; no weight has moved; use bfloat16"):
+        train_model(model, data, epochs, 1e-3, progress=False, precision="float16")
+    assert weights(model) == before
 
 
 def test_early_stopping_gives_back_the_best_weights():
