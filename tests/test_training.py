@@ -330,6 +330,38 @@ def test_a_float16_overflow_makes_no_step_and_is_logged_as_null(tmp_path):
     assert [line["gradient_norm"] is None for line in log.lines() if "step" in line] == [r in bad for r in seen.steps]
 
 
+def shrinking():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def test_a_last_batch_of_one_is_seen_before_the_first_step():
+    class Untouched(Callback):
+        def on_start(self, training): raise AssertionError("the training began")
+    for n, size, says in (33, 32, "33 pictures in batches of 32.*a batch size of 31"), (7, 1, "a batch size of 4"), (1, 32, "choose more pictures"):
+        with pytest.raises(TrainError, match=says) as error:
+            train_model(shrinking(), DataLoader(coloured(n), size, shuffle=True), 1, progress=False, callbacks=[Untouched()])
+        assert "\n" not in str(error.value)
+    with pytest.raises(TrainError, match="A batch in epoch 1, step 2 leaves BatchNorm 1 value a channel"):
+        train_model(shrinking(), [coloured(4)[:2], coloured(4)[:1]], 1, progress=False)
+
+
+def test_looking_at_the_last_batch_changes_nothing():
+    def go(size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 4))
+        drawn = Recorder()
+        train_model(model, DataLoader(Noisy(torch_dice()), size, shuffle=True, generator=torch_dice(4)), 2, 1e-2, progress=False, callbacks=[drawn])
+        return weights(model), [r["loss"] for r in drawn.steps]
+    with pytest.MonkeyPatch.context() as patch:
+        from grocery_nb import train_utils
+        looked = go(7)  # 50 = 7*7 + 1
+        patch.setattr(train_utils, "check_last_batch", lambda training: None)
+        assert go(7) == looked
+    assert train_model(shrinking(), DataLoader(coloured(33), 32), 1, progress=False, freeze_norm=True)
+    assert train_model(shrinking(), DataLoader(coloured(33), 32, drop_last=True), 1, progress=False)
+
+
 class Endless(nn.Linear):
     "Finite outputs, and gradients without end"
     def forward(self, x): return super().forward(x) + (self.weight[0, 0]*0).sqrt().nan_to_num(posinf=0)
