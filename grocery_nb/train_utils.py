@@ -12,7 +12,7 @@ __all__ = ['NO_BATCH', 'PRECISIONS', 'GENERATORS', 'NO_PLACE', 'MORE', 'SMALLEST
            'mix_batch', 'single_values', 'backward', 'sum_gradients', 'apply_gradients', 'train_step',
            'fastest_precision', 'can_skip', 'epoch_batches', 'training_mode', 'last_batch', 'check_last_batch',
            'train_epoch', 'finish_epoch', 'Callback', 'Progress', 'best_epoch', 'EarlyStopping', 'JsonLog',
-           'Checkpoints', 'run', 'start_over', 'go_on', 'check_resumable', 'checkpointed', 'one_rate', 'span',
+           'Checkpoints', 'kept', 'run', 'start_over', 'go_on', 'check_resumable', 'checkpointed', 'one_rate', 'span',
            'train_model', 'save_checkpoint', 'load_checkpoint', 'Recipe', 'TrainError', 'balanced_weights']
 
 # %% ../nbs/04_training.ipynb #20fe8e29
@@ -23,7 +23,7 @@ import json
 import math
 import random
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from operator import length_hint
@@ -340,8 +340,8 @@ def own_generators(
     found, seen, waiting = {}, {id(loader)}, [("loader", loader)]
     for name, value in waiting:
         if isinstance(value, GENERATORS): found[name] = value
-        elif isinstance(value, (list, tuple)): parts = enumerate(value) if len(value) <= 64 else ()
-        else: parts = value.items() if isinstance(value, dict) else getattr(value, "__dict__", {}).items()
+        elif type(value) in (list, tuple): parts = enumerate(value) if len(value) <= 64 else ()
+        else: parts = value.items() if type(value) is dict else getattr(value, "__dict__", {}).items()
         if isinstance(value, GENERATORS) or len(waiting) > 10_000: continue
         for key, part in list(parts):
             if key == "_iterator" or isinstance(part, NO_PLACE) or id(part) in seen: continue
@@ -636,7 +636,8 @@ def check_last_batch(
     here, data, samples, size = generator_states(loader), loader.dataset, len(loader.sampler), loader.batch_size
     try:
         inputs, _ = check_batch(loader.collate_fn(data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]))
-        fits = next((f"a batch size of {n}" for n in range(2, samples + 1) if n >= size/2 and samples % n != 1), "more pictures")
+        sizes = [n for n in range(2, samples + 1) if samples % n != 1]
+        fits = f"a batch size of {min(sizes, key=lambda n: abs(n - size))}" if sizes else "more pictures"
         with torch.no_grad(), single_values(f"The last batch of an epoch ({samples:,} pictures in batches of {size}) holds 1 picture, and that",
                                             f"choose {fits}, larger pictures, or a loader with drop_last=True"):
             training_mode(copy.deepcopy(model), training.recipe.freeze_norm)(to_device(inputs, training.device))
@@ -680,6 +681,7 @@ class Callback:
     def on_step(self, training, record): "After a step: epoch, step, loss, accuracy, lr, gradient_norm"
     def on_epoch(self, training, record): "After an epoch and its evaluation: a line of the history"
     def on_end(self, training): "After the last epoch, unless an error ended the training"
+    def on_failure(self, training): "When something fails after the last step of an epoch: its evaluation, or an `on_epoch`"
 
 # %% ../nbs/04_training.ipynb #29791f67
 class Progress(Callback):
@@ -762,6 +764,22 @@ class Checkpoints(Callback):
     def on_epoch(self, training, record):
         self.save(training, best="val_accuracy" in record and best_epoch(training.history) == len(training.history) - 1)
 
+    def on_failure(self, training):
+        with suppress(CheckpointError): self.save(training)
+
+# %% ../nbs/04_training.ipynb #a88f83b7
+@contextmanager
+def kept(
+    training:Training, # After the last step of an epoch
+    callbacks:list, # Told if the block fails
+):
+    "Let the callbacks save what they can if the block fails; the error goes on its way"
+    try: yield
+    except Exception:
+        if rank_and_world()[1] == 1:
+            for callback in callbacks: callback.on_failure(training)
+        raise
+
 # %% ../nbs/04_training.ipynb #849c7cb0
 def run(
     training:Training, # At its start, or where a checkpoint left it
@@ -773,8 +791,9 @@ def run(
         for callback in callbacks: callback.on_start(t)
         while not t.finished:
             train_epoch(t, callbacks)
-            record = finish_epoch(t)
-            for callback in callbacks: callback.on_epoch(t, record)
+            with kept(t, callbacks):
+                record = finish_epoch(t)
+                for callback in callbacks: callback.on_epoch(t, record)
         if t.schedule.last_epoch == 0: raise TrainError(f"{OVERFLOW} the end of the training; {NO_FLOAT16}")  # it counts steps
         t.model.load_state_dict(t.averaged.state_dict() if t.best is None else t.best)
         for callback in callbacks: callback.on_end(t)

@@ -629,6 +629,28 @@ def test_without_validation_no_checkpoint_is_called_the_best(tmp_path):
     assert not list(tmp_path.glob("best*")) and list(tmp_path.glob("checkpoint*"))
 
 
+@pytest.mark.parametrize("loader", [plain, skipping, endless])
+def test_an_epoch_is_kept_when_its_evaluation_or_a_callback_fails(tmp_path, loader):
+    class Full(Callback):
+        def on_epoch(self, training, record):
+            if training.epoch == 2: raise OSError(28, "No space left on device")
+    whole, history = fresh(3, loader, patience=3, ema=0.9)
+    bad = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 9]))]
+    torch.manual_seed(5)
+    model = with_state()
+    torch.manual_seed(5)
+    options = dict(lr=1e-2, epochs=3, progress=False, patience=3, ema=0.9, checkpoints=tmp_path, every=0)
+    with pytest.raises(TrainError, match="Label 9"): train_model(model, loader(), val_loader=bad, **options)
+    assert CheckpointFolder(tmp_path).newest()[1]["step"] == 7 and CheckpointFolder(tmp_path).newest()[1]["epoch"] == 0
+    seen = Recorder()
+    with pytest.raises(OSError): fresh(3, loader, patience=3, ema=0.9, checkpoints=tmp_path, every=0, resume=True, callbacks=[seen, Full()])
+    assert [r["epoch"] for r in seen.steps] == [2]*7, "the first epoch was not trained again"
+    seen = Recorder()
+    again, told = fresh(3, loader, patience=3, ema=0.9, checkpoints=tmp_path, every=0, resume=True, callbacks=[seen])
+    assert [r["epoch"] for r in seen.steps] == [3]*7
+    assert weights(again) == weights(whole) and without_seconds(told) == without_seconds(history)
+
+
 def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
     log, options = JsonLog(tmp_path/"log.jsonl"), dict(epochs=2, lr=1e-2, progress=False, checkpoints=tmp_path/"run", every=1)
     with pytest.raises(KeyboardInterrupt): train_model(with_state(), plain(), callbacks=[log, Recorder(3)], **options)
