@@ -26,10 +26,10 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)  ## Data, training, evaluation, model and report on Mini Grocery
 	$(BIN)/grocery demo
 
-serve: runs/demo/model.onnx  ## The demo's model behind the backend (port 8000) and the page (port 8050), until Ctrl-C
+serve: runs/demo/model.pth.onnx  ## The demo's model behind the backend (port 8000) and the page (port 8050), until Ctrl-C
 	$(BIN)/grocery serve --ui
 
-runs/demo/model.onnx: runs/demo/model.pth
+runs/demo/model.pth.onnx: runs/demo/model.pth
 	$(BIN)/grocery export runs/demo/model.pth
 
 runs/demo/model.pth: | $(READY)
@@ -37,11 +37,11 @@ runs/demo/model.pth: | $(READY)
 
 test: $(READY)  ## Notebooks (nbdev_test), then everything that crosses chapters (pytest)
 	env -u GROCERY_DATA_DIR OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_frontend.py
-	$(BIN)/python -m pytest tests/test_frontend.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+	$(BIN)/python -m pytest -m browser
 
 lab: $(READY)  ## Open the workbook in JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --config=.jupyter/jupyter_lab_config.py nbs/index.ipynb
 
 export: $(READY)  ## Notebooks -> package, and clean notebooks; after every change of a notebook
 	$(BIN)/nbdev_export

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import __version__
 from .core import GroceryError, check_output
-from .measuring import compare, comparison_report, measure, report, two_names, under_conditions
+from .measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
 from .run_training import add_arguments, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
@@ -35,11 +35,11 @@ def data_mini(
 
 # %% ../nbs/91_cli.ipynb #765a8d3b
 def data_validate(
-    options:argparse.Namespace, # source: mini, grocery or a folder
+    options:argparse.Namespace, # source: mini, grocery, a folder, or None
 ) -> int: # 1 if the data has errors
     "Check every row and every photo of a data set, and print one table"
     from grocery_nb.catalog import data_dir, validate_dataset
-    found = validate_dataset(data_dir(options.source))
+    found = validate_dataset(data_dir(options.source, progress=True))
     print(found)
     return 0 if found.ok else 1
 
@@ -78,7 +78,7 @@ def train_command(
     run = train(options)
     print(f"Validation accuracy: {told(run.evaluation)}")
     if run.hierarchy is not None: print(f"Coarse classes:      {told(run.hierarchy.coarse)}, from summed probabilities")
-    print(f"Weights: {run.output}\nCard:    {run.output.with_suffix('.json')}\nNext:    grocery evaluate {run.output}")
+    print(f"Weights: {run.output}\nCard:    {run.output}.json\nNext:    grocery evaluate {run.output}")
 
 # %% ../nbs/91_cli.ipynb #6be7bf5d
 def evaluate_command(
@@ -86,12 +86,16 @@ def evaluate_command(
 ):
     "Measure a model file on a split: a table or JSON, and the HTML report"
     from grocery_nb.evaluation import robustness_text
+    from grocery_nb.report import check_place
+    page = options.report
+    if page is None and not options.json: page = page_for(options.model, options.data, options.split)
+    if page is not None: check_place(page)
     measured = measure(options.model, options.data, options.split)
-    page = options.report or (None if options.json else options.model.with_name(f"{options.model.stem}-{options.split}.html"))
+    tell(measured)
     conditions = under_conditions(options.model) if options.robustness else None
-    if page: report(measured, page, conditions)
+    if page is not None: report(measured, page, conditions)
     if options.json:
-        more = {"hierarchy": measured.hierarchy and measured.hierarchy.metrics(), "robustness": conditions and [row._asdict() for row in conditions]}
+        more = {"remark": remark(measured), "hierarchy": measured.hierarchy and measured.hierarchy.metrics(), "robustness": conditions and [row._asdict() for row in conditions]}
         print(json.dumps({"split": options.split, **measured.evaluation.metrics(), **{name: value for name, value in more.items() if value}}, indent=1))
     else: print(*filter(None, (measured.evaluation, measured.hierarchy, conditions and robustness_text(conditions), f"Report: {page}")), sep="\n\n")
 
@@ -100,9 +104,12 @@ def compare_command(
     options:argparse.Namespace, # a, b, data, split, json, output
 ):
     "Measure two model files on the same photos: a verdict or JSON, and the HTML page"
+    from grocery_nb.report import check_place
+    page = Path("comparison.html") if options.output is None and not options.json else options.output
+    if page is not None: check_place(page, "--output")
     compared = compare(options.a, options.b, options.data, options.split)
-    page = options.output or (None if options.json else Path("comparison.html"))
-    if page: comparison_report(compared, page)
+    tell(compared.a, compared.b)
+    if page is not None: comparison_report(compared, page)
     if options.json: print(json.dumps({"split": options.split, "level": compared.level, **vars(compared.mcnemar)}, indent=1))
     else: print(f"{compared.mcnemar.verdict(*two_names(options.a, options.b))}\nReport: {page}")
 
@@ -111,7 +118,11 @@ def report_command(
     options:argparse.Namespace, # model, data, split, output
 ):
     "Measure a model file and write the HTML report"
-    print(f"Report: {report(measure(options.model, options.data, options.split), options.output)}")
+    from grocery_nb.report import check_place
+    check_place(options.output, "--output")
+    measured = measure(options.model, options.data, options.split)
+    tell(measured)
+    print(f"Report: {report(measured, options.output)}")
 
 # %% ../nbs/91_cli.ipynb #2c9e7b93
 def export_command(
@@ -175,10 +186,11 @@ def demo_command(
 ):
     "Data, training, evaluation, model and report, on Mini Grocery unless told otherwise"
     from grocery_nb.catalog import data_dir
-    from grocery_nb.synthetic import mini_dir
+    from grocery_nb.report import check_place
     model = check_output(options.output/"model.pth")
+    check_place(options.output/"report.html", "--output")
     print("1/3 Data (Mini Grocery is drawn once and kept)")
-    root = mini_dir(progress=not options.quiet) if options.data == "mini" else data_dir(options.data)
+    root = data_dir(options.data, progress=not options.quiet)
     print("2/3 Training the last layer on features of a pretrained backbone")
     flags = add_arguments(argparse.ArgumentParser())
     train(flags.parse_args([*RECIPE, "--data", options.data, "--output", str(model), "--seed", str(options.seed), *["--quiet"] * options.quiet]))
@@ -214,7 +226,7 @@ def add_data(
     data = commands.add_parser("data", help="draw, download, check or look at data").add_subparsers(dest="what", required=True)
     add_mini(data)
     validate = data.add_parser("validate", help="check every row and every photo; exit code 1 if there are errors")
-    validate.add_argument("source", nargs="?", default="mini", help="mini, grocery or a folder (default: %(default)s)")
+    validate.add_argument("source", nargs="?", help="mini, grocery or a folder (default: GROCERY_DATA_DIR, else mini)")
     validate.set_defaults(run=data_validate)
     download = data.add_parser("download", help="fetch the real photos, verified")
     download.add_argument("--output", type=Path, help="folder (default: the cache)")

@@ -9,7 +9,8 @@ __all__ = ['DEVICE', 'LITE0_STAGES', 'OUTSIDE', 'INSIDE', 'BACKBONES', 'WEIGHTS'
            'preprocessing_for', 'ModelConfig', 'as_config', 'set_momentum', 'assemble', 'build_model', 'create_model',
            'split_head', 'plain', 'class_list', 'coarse_map', 'check_number', 'ModelCard', 'card_to_json',
            'card_from_json', 'weights_bytes', 'make_card', 'card_path', 'waiting_path', 'waiting_card', 'write_pair',
-           'save_model', 'diagnose', 'parse_weights', 'read_card', 'read_pair', 'wanted_config', 'fill', 'load_model']
+           'is_card', 'may_be_weights', 'check_places', 'save_model', 'diagnose', 'parse_weights', 'read_card',
+           'read_pair', 'wanted_config', 'fill', 'load_model']
 
 # %% ../nbs/03_model.ipynb #3d44238f
 import difflib
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -458,16 +460,16 @@ def make_card(
 # %% ../nbs/03_model.ipynb #fc50e092
 def card_path(
     path:"str|Path", # A file of weights, such as model.pth
-) -> Path: # model.json
+) -> Path: # model.pth.json
     "Where the card of a file of weights stands"
-    return Path(path).with_suffix(".json")
+    return Path(f"{path}.json")
 
 # %% ../nbs/03_model.ipynb #1bc04c63
 def waiting_path(
     path:"str|Path", # A file of weights, such as model.pth
-) -> Path: # model.json.next
+) -> Path: # model.pth.json.next
     "Where a new card waits until its weights are in place"
-    return Path(path).with_suffix(".json.next")
+    return Path(f"{path}.json.next")
 
 # %% ../nbs/03_model.ipynb #bd076eb0
 def waiting_card(
@@ -497,17 +499,47 @@ def write_pair(
     os.replace(waiting, card_path(path))
     fsync_folder(path.parent)
 
+# %% ../nbs/03_model.ipynb #0a4376a4
+def is_card(
+    path:Path, # A file
+) -> bool:
+    "Whether a file is a model card of ours, of whatever format"
+    try: values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError): return False
+    return isinstance(values, dict) and type(values.get("format")) is int and "num_classes" in values
+
+# %% ../nbs/03_model.ipynb #f37bbc25
+def may_be_weights(
+    path:Path, # A file
+) -> bool:
+    "Whether a file is empty, or begins as torch's files of weights do, whole or not"
+    with open(path, "rb") as f: start = f.read(4)
+    if start != b"PK\3\4": return start[:1] in (b"", b"\x80")
+    try:
+        with zipfile.ZipFile(path) as archive: return any(name.endswith("data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile: return True  # cut off or damaged: nothing to lose
+
+# %% ../nbs/03_model.ipynb #68e221b4
+def check_places(
+    path:"str|Path", # Where weights are to be written
+) -> Path: # The same, with `~` resolved
+    "Refuse with a `ModelError` a path where weights and their card cannot stand, or would replace a file that is neither"
+    path = Path(path).expanduser()
+    if path.suffix == ".json" or path.is_dir() or not path.name:
+        raise ModelError(f"{path} cannot be a file of weights; name one such as model.pth")
+    for place, ours, what in ((path, may_be_weights, "weights"), (card_path(path), is_card, "a model card"), (waiting_path(path), is_card, "a model card")):
+        if place.exists() and not (os.access(place, os.R_OK) and place.is_file() and ours(place)):
+            raise ModelError(f"{place} is there already and is not {what}: it would be replaced; move it away, or save under another name")
+    return path
+
 # %% ../nbs/03_model.ipynb #444f095f
 def save_model(
     model:nn.Module, # From `create_model`, `build_model` or `load_model`
-    path:"str|Path", # The file of weights, such as model.pth; its card stands beside it as model.json
+    path:"str|Path"="model.pth", # The file of weights; its card stands beside it as model.pth.json
     **card, # Fields of `ModelCard`: classes, label, coarse, data, data_digest, metrics, history, temperature, threshold
 ) -> ModelCard: # The card that was written
     "Save the `state_dict` and its card; if that fails a `ModelError` says why, and one whole pair still stands there"
-    path = Path(path)
-    if path.suffix == ".json" or path.is_dir() or not path.name:
-        raise ModelError(f"{path} cannot be a file of weights; name one such as model.pth")
-    data = weights_bytes(model)
+    path, data = check_places(path), weights_bytes(model)
     record = make_card(model, data, **card)
     try: write_pair(path, data, record)
     except OSError as e:
@@ -605,12 +637,12 @@ def fill(
 
 # %% ../nbs/03_model.ipynb #5f51e482
 def load_model(
-    num_classes:"int|None", # Classes of the model; None takes the card's word
-    path:"str|Path", # A file of weights, with its card beside it
+    num_classes:"int|None"=None, # Classes of the model; None takes the card's word
+    path:"str|Path"="model.pth", # A file of weights, with its card beside it
     backbone:"str|None"=None, # Of a file without a card, if it is not mobilenet_v3_small
 ) -> nn.Module: # On `DEVICE`, in eval mode, with `.config` and `.card`
     "Load a model that `save_model` wrote; the card is checked before any weight is read, and every refusal is a `ModelError`"
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file(): raise ModelError(f"There is no file {path}; train a model first, or name the file that holds one")
     try: data, card = read_pair(path)
     except OSError as e: raise ModelError(f"{path} cannot be read ({e.strerror or e})") from e

@@ -6,9 +6,9 @@
 __all__ = ['STYLE', 'PAGE', 'REPORT', 'COMPARISON', 'ReportError', 'thumbnail', 'epoch_numbers', 'series', 'nice_ticks', 'scale',
            'path_of', 'frame', 'phase_changes', 'chart', 'learning_curves', 'matrix_view', 'mistake_parts',
            'share_labels', 'reliability_chart', 'excess_confidence', 'calibration_view', 'coverage_chart',
-           'coverage_view', 'points', 'data_advice', 'curve_advice', 'use_advice', 'render', 'with_counts',
-           'write_report', 'check_comparable', 'difference_axis', 'short_verdict', 'chance', 'class_pairs',
-           'Disagreement', 'disagreement_gallery', 'write_comparison']
+           'coverage_view', 'points', 'data_advice', 'curve_advice', 'use_advice', 'render', 'is_ours', 'check_place',
+           'with_counts', 'write_report', 'check_comparable', 'difference_axis', 'short_verdict', 'chance',
+           'class_pairs', 'Disagreement', 'disagreement_gallery', 'write_comparison']
 
 # %% ../nbs/05a_report.ipynb #f937a718
 import base64
@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .core import GroceryError, atomic_write, needs
+from . import __version__
+from .core import GroceryError, atomic_write, check_ours, check_output, needs
 from .evaluation import Calibration, Coverage, Evaluation, Hierarchy, McNemar, Mistake
-from .evaluation import class_names, confusion_rates, percent, span, wilson_interval
+from .evaluation import checked, class_names, confusion_rates, percent, span, whole, wilson_interval
 
 # %% ../nbs/05a_report.ipynb #71f7baa3
 class ReportError(GroceryError, ValueError):
@@ -319,6 +320,7 @@ STYLE["header"] = """
   margin-bottom: 14px; }
 .verdict { font-size: 24px; line-height: 1.35; letter-spacing: -.012em; max-width: 46ch; margin-top: 22px; overflow-wrap: anywhere;
   text-wrap: balance; }
+.remark { margin-top: 18px; padding-left: 14px; border-left: 3px solid var(--accent); overflow-wrap: anywhere; }
 .facts { display: flex; flex-wrap: wrap; gap: 14px 36px; font-size: 15px; margin: 32px 0 0; padding: 18px 0;
   border-block: 1px solid var(--line); }
 .facts div { min-width: 0; }
@@ -594,6 +596,7 @@ PAGE["head"] = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="grocery_nb {{ version }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
@@ -606,6 +609,7 @@ PAGE["head"] = """<!doctype html>
   <p class="eyebrow">{{ eyebrow }}</p>
   <h1>{{ title }}</h1>
   {% if verdict %}<p class="verdict">{{ verdict }}</p>{% endif %}
+  {% if remark %}<p class="remark">{{ remark }}.</p>{% endif %}
   <dl class="facts">{% for k, v in facts.items() %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
 </header>
 """
@@ -619,7 +623,7 @@ def render(
     with needs("train"): from jinja2 import Environment, StrictUndefined
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = pages.from_string("".join(PAGE[piece] for piece in pieces))
-    return template.render(css="".join(STYLE.values()), percent=percent, span=span, points=points, **values)
+    return template.render(css="".join(STYLE.values()), version=__version__, percent=percent, span=span, points=points, **values)
 
 # %% ../nbs/05a_report.ipynb #ba68ffd1
 PAGE["macros"] = """
@@ -731,7 +735,8 @@ PAGE["trust"] = """
   <p class="lead">As trained it is <b>{{ trust.verdict }}</b>: mean confidence minus accuracy is {{ points(100 * trust.excess) }}.
     {% set c = trust.calibration %}
     A perfect model would show a calibration error of about {{ percent(c.ece_floor) }} on so many photos, by chance.
-    {% if c.cross_fitted %}The temperature {{ "%.2f"|format(c.temperature) }} was fitted on these very photos.
+    {% if c.undetermined %}These photos determine no temperature: they are too few, or there are too few mistakes among them.
+    {% elif c.cross_fitted %}The temperature {{ "%.2f"|format(c.temperature) }} was fitted on these very photos.
     So that they do not judge themselves, the diagram after it is cross-fitted:
     each photo is scaled by a temperature that the other photos gave.
     {% elif c.temperature != 1 %}The temperature {{ "%.2f"|format(c.temperature) }} was fitted elsewhere and is only applied here.{% endif %}</p>
@@ -897,6 +902,20 @@ This page holds everything it shows and loads nothing.</footer>
 </html>
 """
 
+# %% ../nbs/05a_report.ipynb #ac8ae0a7
+def is_ours(path:Path) -> bool:
+    "Whether a file is a page that this module wrote"
+    if not path.is_file(): return False
+    with path.open("rb") as f: return b'<meta name="generator" content="grocery_nb' in f.read(200)
+
+# %% ../nbs/05a_report.ipynb #30f152aa
+def check_place(
+    path:"str | Path", # Where a page shall stand
+    flag:str="--report", # How the user can name another place
+) -> Path: # The same, in a folder that takes files
+    "`GroceryError` unless a page may be written there: not over a folder, nor over a file that is no page of ours"
+    return check_ours(check_output(path, flag), is_ours, "report", flag)
+
 # %% ../nbs/05a_report.ipynb #1a31332a
 def with_counts(facts:"Mapping[str, object] | None", evaluation:Evaluation) -> dict:
     "The facts, followed by the photos, the classes and, unless given, the date of today"
@@ -920,19 +939,20 @@ def write_report(
     coverage:"Coverage | None"=None, # Of coverage_curve
     threshold:"float | None"=None, # The confidence from which the model answers; only drawn together with `coverage`
     robustness:Sequence=(), # Of robustness_table, the first row as trained
+    remark:"str|None"=None, # A warning below the title, without its full stop
 ) -> Path: # The path
     "Write an evaluation as one HTML page that needs nothing else; whole or absent, `MissingExtra` without jinja2"
     e, rows, conditions = evaluation, list(history or ()), list(robustness or ())
     present = [score for score in e.per_class if score.present]
     page = render(
-        REPORT, title=title, eyebrow="Evaluation report", verdict=None, facts=with_counts(facts, e), e=e, level=f"{e.confidence:.0%}",
+        REPORT, title=title, eyebrow="Evaluation report", verdict=None, remark=remark, facts=with_counts(facts, e), e=e, level=f"{e.confidence:.0%}",
         hierarchy=hierarchy, parts=mistake_parts(hierarchy) if hierarchy else [], charts=learning_curves(rows), epochs=len(rows),
         trust=calibration_view(calibration) if calibration else None, robustness=conditions,
         unsure=coverage_view(coverage, threshold) if coverage else None, **matrix_view(e), present=len(present),
         ranked=sorted(present, key=lambda score: (score.f1, score.support, score.id)),
         errors=[(thumbnail(mistake.image), mistake) for mistake in errors],
         advice=[*data_advice(e), *use_advice(calibration, conditions), *curve_advice(rows), *advice])
-    return atomic_write(path, page)
+    return atomic_write(check_place(path), page)
 
 # %% ../nbs/05a_report.ipynb #ca88c829
 def check_comparable(
@@ -1012,8 +1032,11 @@ def disagreement_gallery(
     limit:int=24, # At most so many; half of them for each model, where there are as many
 ) -> list[Disagreement]:
     "Photos that exactly one of two models got right, evenly spread over the split, with their pictures, for `write_comparison`"
-    labels, names = np.asarray(labels), class_names(names, np.shape(logits_a)[1])
-    a, b = (np.asarray(logits).argmax(axis=1) for logits in (logits_a, logits_b))
+    (logits_a, labels), (logits_b, _) = checked(logits_a, labels), checked(logits_b, labels)
+    names, limit = class_names(names, logits_a.shape[1]), whole(limit, "The limit")
+    if logits_a.shape != logits_b.shape: raise ReportError(f"A has logits of {logits_a.shape[1]} classes and B of {logits_b.shape[1]}; give those of one label")
+    if len(paths) not in (0, len(labels)): raise ReportError(f"There are {len(paths)} paths for {len(labels)} photos; give one a photo, or none")
+    a, b = logits_a.argmax(axis=1), logits_b.argmax(axis=1)
     only_b, only_a = (np.flatnonzero((x == labels) & (y != labels)).tolist() for x, y in ((b, a), (a, b)))
     half = min(len(only_b), max(limit // 2, limit - len(only_a)))
     chosen = [rows[i] for rows, count in ((only_b, half), (only_a, limit - half))
@@ -1122,6 +1145,7 @@ def write_comparison(
     disagreements:Sequence[Disagreement]=(), # Of disagreement_gallery
     title:str="Comparison", # Heading of the page
     calibrations:Sequence=(), # A's and B's, of evaluate_calibration
+    remark:"str|None"=None, # A warning below the title, without its full stop
 ) -> Path: # The path
     "Write the comparison of two models as one HTML page; `ReportError` if they saw other photos, `MissingExtra` without jinja2"
     check_comparable(a, b, mcnemar)
@@ -1131,6 +1155,6 @@ def write_comparison(
     trusted = [reliability_chart(name, one.bins_before, one.ece_before) for name, one in zip(names, calibrations)]
     page = render(
         COMPARISON, title=title, eyebrow="Comparison of two models", verdict=short_verdict(mcnemar, *names), names=names, a=a, b=b, m=mcnemar,
-        facts=with_counts(facts, a), level=f"{a.confidence:.0%}", axis=difference_axis(mcnemar), chance=chance(mcnemar.p_value),
+        remark=remark, facts=with_counts(facts, a), level=f"{a.confidence:.0%}", axis=difference_axis(mcnemar), chance=chance(mcnemar.p_value),
         trusted=trusted, groups=[group for group in groups if group[2]], **class_pairs(a, b))
-    return atomic_write(path, page)
+    return atomic_write(check_place(path), page)

@@ -111,7 +111,7 @@ def add_arguments(
     add("--epochs", type=positive(int), help="passes over the training split (default: as the recipe says)")
     add("--learning-rate", type=positive(float), help="of the last layer, at its highest (default: 0.001)")
     add("--output", type=Path, default=Path("model.pth"), help="weights file; its card stands beside it as .json (default: %(default)s)")
-    add("--data", default="mini", help="mini (drawn, default), grocery (real photos), or a folder in their layout")
+    add("--data", help="mini (drawn), grocery (real photos), or a folder in their layout (default: GROCERY_DATA_DIR, else mini)")
     add("--recipe", choices=tuple(RECIPES), help="scratch, probe (last layer only) or finetune (default: finetune for grocery, else scratch)")
     add("--probe", dest="recipe", action="store_const", const="probe", help="short for --recipe probe")
     add("--backbone", choices=("mobilenet_v3_small", "efficientnet_lite0"), help="network (default: as the recipe says)")
@@ -280,6 +280,7 @@ def judge(
     labels, # (N,) int64
     classes, # A `Classes`
     label:str, # "fine" or "coarse"
+    digest:"str|None"=None, # Of the split: who measures again can tell whether it is the same
 ) -> tuple: # (Evaluation, Hierarchy or None, fields for the model card)
     "All that is to be said of a model on its validation split, and what of it belongs to the card"
     from grocery_nb.evaluation import evaluate_calibration, evaluate_hierarchy, evaluate_logits
@@ -288,7 +289,7 @@ def judge(
     calibration = evaluate_calibration(logits, labels, temperature=None, otherwise=1.0)
     threshold = unsure_below(logits, labels, calibration.temperature)
     hierarchy = evaluate_hierarchy(logits, labels, of, names, kinds) if label == "fine" else None
-    metrics = {"split": "val", **evaluation.metrics(), "calibration": calibration.metrics(), "hierarchy": hierarchy and hierarchy.metrics()}
+    metrics = {"split": "val", "digest": digest, **evaluation.metrics(), "calibration": calibration.metrics(), "hierarchy": hierarchy and hierarchy.metrics()}
     return evaluation, hierarchy, dict(classes=names, label=label, metrics=metrics, temperature=calibration.temperature, threshold=threshold,
                                        coarse=hierarchy and {"classes": list(kinds.values()), "of": of})
 
@@ -312,8 +313,8 @@ def train(
 ) -> Run: # The model in memory, and its files at `options.output`
     "The six steps of the course; raises `GroceryError` for a mistake of the user"
     options = check_options(options)
-    from grocery_nb.catalog import data_dir, data_digest, load_split, read_classes
-    root = data_dir(options.data)
+    from grocery_nb.catalog import data_dir, data_digest, load_split, read_classes, source_name
+    root = data_dir(options.data, progress=not options.quiet)
     classes = read_classes(root/"classes.csv")                                                        # 1 classes
     for split in ("train", "val"): load_split(root, split)
     from grocery_nb.model_utils import preprocessing_for, save_model
@@ -325,9 +326,10 @@ def train(
         loaders = loaders_for(options, root, augment=options.recipe != "probe", shard=(rank, world))
         model = new_model(options, len(classes.names(options.label)), rank)                           # 3 model
         history = fit(model, loaders, probe_loader, options)                                          # 4 training
-        evaluation, hierarchy, found = judge(*predict(model, loaders[1]), classes, options.label)     # 5 evaluation
+        evaluation, hierarchy, found = judge(*predict(model, loaders[1]), classes, options.label,     # 5 evaluation
+                                               data_digest(root/"val.txt"))
         if rank == 0:
-            save_model(model, options.output, data=options.data, data_digest=data_digest(root/"train.txt"), history=history,
+            save_model(model, options.output, data=source_name(options.data), data_digest=data_digest(root/"train.txt"), history=history,
                        preprocessing=preprocessing_for(options.backbone), **found)                    # 6 persistence
     return Run(model, history, evaluation, hierarchy, options.output)
 
@@ -336,7 +338,7 @@ def summary(
     run:Run, # What a training left
 ) -> str: # Three lines
     "What came out of a training, and where it is"
-    return f"Validation accuracy: {run.evaluation.top1:.1%}\nWeights: {run.output}\nCard: {run.output.with_suffix('.json')}"
+    return f"Validation accuracy: {run.evaluation.top1:.1%}\nWeights: {run.output}\nCard: {run.output}.json"
 
 # %% ../nbs/06_run_training.ipynb #fccbb5e9
 def main(

@@ -52,8 +52,8 @@ class TorchPredictor:
     ):
         with needs("train"): import torch
         from grocery_nb.model_utils import DEVICE, load_model
-        if not Path(path).with_suffix(".json").is_file():
-            raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its model.json beside it")
+        if not Path(f"{path}.json").is_file():
+            raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a model.pth with its model.pth.json beside it")
         torch.set_num_threads(threads)
         self.torch, self.device, self.path, self.model = torch, DEVICE, path, load_model(None, path)
         self.card, self.version = edge_card(self.model.card), self.model.card.sha256[:12]
@@ -233,7 +233,7 @@ class Capacity:
 
 # %% ../nbs/08d_service.ipynb #bb58bafc
 def validation_pictures(
-    source:str, # mini, grocery, or a folder
+    source:"str|None", # mini, grocery, or a folder; None is GROCERY_DATA_DIR, or else mini
 ) -> list: # Paths
     "The pictures of the validation set, drawn or downloaded if need be"
     root = data_dir(source)
@@ -242,7 +242,7 @@ def validation_pictures(
 # %% ../nbs/08d_service.ipynb #c4c0db37
 class Gallery:
     "Pictures of the validation set, found when the first one is asked for"
-    def __init__(self, source:str): self.source, self.search = source, None # mini, grocery, or a folder
+    def __init__(self, source:"str|None"=None): self.source, self.search = source, None # As for `data_dir`
 
     async def choose(self, patience:float) -> Path:
         "One at random; `ApiError` no_data, or loading if it takes longer than `patience` seconds"

@@ -83,7 +83,7 @@ def test_bad_data_is_one_sentence_and_costs_nothing(damage, data, here, caches, 
     (tmp_path / "model.pth").write_bytes(b"the model of last week")
     refused(here("train", "--data", data, *QUICK), *words)
     assert (tmp_path / "model.pth").read_bytes() == b"the model of last week"
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp" or path.name == "model.json"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp" or path.name == "model.pth.json"]
 
 
 def test_missing_folder(grocery):
@@ -128,7 +128,7 @@ def test_malicious_pickle_is_refused_and_not_run(grocery, tmp_path):
 
 
 def test_changed_weights_are_refused(here, trained, tmp_path):
-    for suffix in (".pth", ".json"): shutil.copy(trained.with_suffix(suffix), tmp_path)
+    for suffix in ("", ".json"): shutil.copy(Path(f"{trained}{suffix}"), tmp_path)
     weights = bytearray((tmp_path / "model.pth").read_bytes())
     weights[len(weights) // 2] ^= 1
     (tmp_path / "model.pth").write_bytes(weights)
@@ -146,7 +146,7 @@ def test_usage_errors_have_exit_code_2(grocery):
 
 
 def test_train_evaluate_report(here, trained, caches, tmp_path):
-    card = json.loads(trained.with_suffix(".json").read_text())
+    card = json.loads(Path(f"{trained}.json").read_text())
     done = here("evaluate", trained, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["top1"] == pytest.approx(card["metrics"]["top1"])
@@ -156,12 +156,12 @@ def test_train_evaluate_report(here, trained, caches, tmp_path):
 
 
 def test_evaluate_writes_the_report_beside_the_model(here, trained, caches, tmp_path):
-    for suffix in (".pth", ".json"): shutil.copy(trained.with_suffix(suffix), tmp_path)
+    for suffix in ("", ".json"): shutil.copy(Path(f"{trained}{suffix}"), tmp_path)
     done = here("evaluate", "model.pth", "--split", "test")
-    assert done.returncode == 0 and "top-1 accuracy" in done.stdout and "Report: model-test.html" in done.stdout, done.stderr
-    assert "<html" in (tmp_path / "model-test.html").read_text(encoding="utf-8")
+    assert done.returncode == 0 and "top-1 accuracy" in done.stdout and "Report: model.pth.test.html" in done.stdout, done.stderr
+    assert "<html" in (tmp_path / "model.pth.test.html").read_text(encoding="utf-8")
     assert here("evaluate", "model.pth", "--json", "--report", "here.html").returncode == 0 and (tmp_path / "here.html").exists()
-    assert not (tmp_path / "model-val.html").exists(), "--json alone writes no page"
+    assert not (tmp_path / "model.pth.val.html").exists(), "--json alone writes no page"
 
 
 def test_compare_two_models(here, trained, tiny, caches, tmp_path):
@@ -176,14 +176,14 @@ def test_compare_two_models(here, trained, tiny, caches, tmp_path):
 
 def test_card_of_a_fine_model_serves_coarse_questions(here, tiny, caches, tmp_path):
     assert here("train", "--data", tiny, *QUICK, "--label", "fine").returncode == 0
-    card = json.loads((tmp_path / "model.json").read_text())
+    card = json.loads((tmp_path / "model.pth.json").read_text())
     assert len(card["coarse"]["of"]) == card["num_classes"] == 36 and len(card["coarse"]["classes"]) == 21
     assert card["temperature"] > 0 and set(card["metrics"]["hierarchy"]) >= {"fine_top1", "coarse_top1", "agreement"}
 
 
 def test_model_without_a_card(here, trained, tmp_path):
     shutil.copy(trained, tmp_path / "bare.pth")
-    refused(here("evaluate", "bare.pth"), "bare.pth has no card bare.json beside it")
+    refused(here("evaluate", "bare.pth"), "bare.pth has no card bare.pth.json beside it")
 
 
 def test_unfinished_training_is_not_overwritten(here, tiny, caches, tmp_path):
@@ -200,7 +200,7 @@ def test_probe_is_repeatable(here, tiny, caches, tmp_path):
     def run(name):
         done = here("train", "--data", tiny, "--probe", "--epochs", "3", "--quiet", "--label", "fine", "--output", name)
         assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / name).with_suffix(".json").read_text())
+        return json.loads((tmp_path / f"{name}.json").read_text())
     cold, warm = run("a.pth"), run("b.pth")
     assert cold["sha256"] == warm["sha256"], "features from the cache give the same head"
     assert cold["num_classes"] == 36 and cold["label"] == "fine" and cold["history"][2]["epoch"] == 3
@@ -242,12 +242,12 @@ def test_demo(grocery, tmp_path):
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"Test accuracy: ([\d.]+)%", done.stdout)[1])
     assert 85 <= accuracy < 100
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"model.pth", "model.json", "report.html"}  # a probe takes seconds and keeps no checkpoints
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"model.pth", "model.pth.json", "report.html"}  # a probe takes seconds and keeps no checkpoints
 
 
 @pytest.mark.slow
 def test_probe_on_the_real_photos(grocery, photos, tmp_path):
     done = grocery("train", "--data", "grocery", "--probe", "--quiet", GROCERY_DATA_DIR=str(photos))
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "model.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "model.pth.json").read_text())["metrics"]
     assert metrics["n"] == 296 and metrics["top1"] >= 0.78

@@ -17,6 +17,7 @@ from grocery_nb.frontend import ASSETS, BROWSER_PROBLEMS, ServeError, make_ui_se
 
 CHROMIUM = Path("/usr/bin/chromium")
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+pytestmark = pytest.mark.browser
 LIMIT = frontend.picture_limit()
 
 

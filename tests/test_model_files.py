@@ -25,7 +25,7 @@ from torchvision.models import MobileNet_V3_Small_Weights
 
 from grocery_nb import model_utils
 from grocery_nb.core import MissingExtra, sha256_file
-from grocery_nb.model_utils import (BACKBONES, DEVICE, ModelConfig, ModelError, build_model, card_from_json, card_path, card_to_json, create_model,
+from grocery_nb.model_utils import (BACKBONES, DEVICE, ModelConfig, ModelError, build_model, card_from_json, card_path, card_to_json, check_places, create_model,
                                     load_model, make_card, preprocessing_for, read_card, save_model, split_head, waiting_path,
                                     weights_bytes, write_pair)
 
@@ -128,7 +128,7 @@ def test_bad_files(name, path, model, good):
     data = make(good)
     path.write_bytes(data)  # the card of the good file is still there: a digest that does not fit
     with pytest.raises(ModelError) as refused: load_model(CLASSES, path)
-    assert "is not the file that model.json describes" in sentence(refused)
+    assert "is not the file that model.pth.json describes" in sentence(refused)
     card_path(path).unlink()  # no card, as the course's script leaves it
     with pytest.raises(ModelError) as refused: load_model(CLASSES, path)
     assert words in sentence(refused) and str(path) in sentence(refused)
@@ -158,7 +158,7 @@ BAD_CARDS = {
     "too few names": (change(classes=["Apple"]), "1 class names were given for a model of 7"),
     "no digest": (change(sha256=""), "sha256 is ''"),
     "metrics that are a text": (change(metrics="good"), "where a dict belongs"),
-    "another digest": (change(sha256="0" * 64), "is not the file that model.json describes"),
+    "another digest": (change(sha256="0" * 64), "is not the file that model.pth.json describes"),
     "another count of classes": (change(num_classes=20, classes=None), "is a model of 20 classes, and 7 were asked for"),
 }
 
@@ -335,8 +335,8 @@ def test_a_full_disk_at_every_step_leaves_a_whole_pair(tmp_path, model, other):
             except ModelError as e: assert "No space left on device" in str(e)
             else: break
         seen.append(which(path, data))
-        files = {p.name for p in path.parent.iterdir()} - {"model.pth", "model.json"}
-        assert files <= {"model.json.next"} | {f for f in files if f.endswith(".tmp")}
+        files = {p.name for p in path.parent.iterdir()} - {"model.pth", "model.pth.json"}
+        assert files <= {"model.pth.json.next"} | {f for f in files if f.endswith(".tmp")}
         if seen[-1] == "old": assert not waiting_path(path).exists()
         shutil.rmtree(path.parent)
     assert seen[0] == "old" and seen == sorted(seen, reverse=True) and len(seen) >= 8
@@ -385,9 +385,53 @@ def test_a_reader_beside_a_writer_never_sees_a_mixture(path, model, other):
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("name", ["model.json", "."])
+@pytest.mark.parametrize("name", ["model.pth.json", "."])
 def test_where_no_weights_can_stand(name, tmp_path, model):
     with pytest.raises(ModelError, match="cannot be a file of weights"): save_model(model, tmp_path / name)
+
+
+def test_two_models_whose_names_differ_after_a_dot(tmp_path, model, other):
+    save_model(model, tmp_path / "m.v1", metrics={"name": "one"})
+    save_model(other, tmp_path / "m.v2", metrics={"name": "two"})
+    assert {path.name for path in tmp_path.iterdir()} == {"m.v1", "m.v1.json", "m.v2", "m.v2.json"}
+    assert [load_model(CLASSES, tmp_path / name).card.metrics["name"] for name in ("m.v1", "m.v2")] == ["one", "two"]
+
+
+FOREIGN = {  # name of a file beside --output package.pth, and its contents
+    "package.pth": b"import torch", "package.pth.json": b'{"name": "frontend", "version": "1.0"}', "package.pth.json.next": b"{}"}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_not_ours_is_not_replaced(name, tmp_path, model):
+    (tmp_path / name).write_bytes(FOREIGN[name])
+    for call in (check_places, lambda path: save_model(model, path)):
+        with pytest.raises(ModelError) as refused: call(tmp_path / "package.pth")
+        assert name in sentence(refused) and "it would be replaced" in sentence(refused)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: FOREIGN[name]}
+
+
+def test_what_a_save_may_replace(path, model, good):
+    check_places(path)
+    save_model(model, path, metrics={"name": "again"})
+    for data in (b"", good[:500], good, pickle.dumps([1], protocol=2)):  # empty, cut off, the course's bare file, an old format
+        path.write_bytes(data)
+        assert check_places(path) == path
+    card_path(path).write_text(change(format=99)(card_path(path).read_text()))
+    assert check_places(path) == path
+    path.write_bytes(zip_of({"word/document.xml": b""}))
+    with pytest.raises(ModelError, match="is not weights"): check_places(path)
+
+
+def test_the_course_s_calls(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    save_model(model)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.pth.json"}
+    for loaded in (load_model(num_classes=CLASSES), load_model(CLASSES), load_model(CLASSES, "model.pth"), load_model(num_classes=CLASSES, path="model.pth"), load_model()):
+        assert loaded.config == model.config
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_model(model, path="~/model.pth")
+    assert (tmp_path / "home" / "model.pth.json").exists() and load_model(None, "~/model.pth").config == model.config
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, model):

@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 from conftest import random_case
 from grocery_nb import evaluation as ev
 from grocery_nb.core import GroceryError
+from grocery_nb.report import disagreement_gallery
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -261,7 +262,7 @@ def test_temperature_finds_the_truth_and_changes_no_answer(stretch):
 
 
 def test_a_temperature_that_cannot_be_known():
-    for logits, labels in [(np.eye(5), np.arange(5)), (np.eye(5), np.roll(np.arange(5), 1)), (np.zeros((5, 5)), np.arange(5))]:
+    for logits, labels in [(np.eye(5), np.arange(5)), (40 * np.eye(5), np.arange(5)), (3 * np.eye(3)[:1], [0]), (np.eye(5), np.roll(np.arange(5), 1)), (np.zeros((5, 5)), np.arange(5))]:
         with pytest.raises(ev.EvaluationError, match="No temperature between 0.05 and 20") as caught: ev.fit_temperature(logits, labels)
         assert "\n" not in str(caught.value) and ev.fit_temperature(logits, labels, otherwise=1.0) == 1
 
@@ -400,7 +401,7 @@ def test_robustness_rows():
     (lambda: ev.scaled([[1., 2.]], [1., 1.]), "one a photo"),
     (lambda: ev.nll([[1., -np.inf]], [1]), "Row 0 of the logits has -inf"),
     (lambda: ev.fit_temperature([[1., -np.inf]], [1]), "Row 0 of the logits has -inf"),
-    (lambda: ev.cross_fitted_temperature(np.eye(3), [0, 1, 2], folds=4), "folds is 4 for 3 photos"),
+    (lambda: ev.cross_fitted_temperature(np.eye(3), [0, 1, 2], folds=4), "folds of 3 photos is 4"),
     (lambda: ev.cross_fitted_temperature(np.eye(3), [0, 1, 2], folds=3), "No temperature"),
     (lambda: ev.evaluate_calibration(np.eye(8), range(8), None), "No temperature"),
     (lambda: ev.threshold_for(ev.coverage_curve(np.eye(3), [0, 1, 2])), "No threshold is sure to give 95.0%"),
@@ -413,3 +414,93 @@ def test_robustness_rows():
 def test_bad_input_of_the_new_parts_is_one_sentence(call, words):
     with pytest.raises(ev.EvaluationError, match=re.escape(words)) as caught: call()
     assert "\n" not in str(caught.value)
+
+
+# Whatever is not finite, empty or of another shape
+
+NAN, CURVE = float("nan"), ev.coverage_curve([[2., 0.], [0., 1.]], [0, 1])
+BAD_LOGITS = {"nan": np.full((4, 3), NAN), "one nan": [[0., NAN, 1.]] + [[0., 1., 2.]] * 3, "inf": np.full((4, 3), np.inf), "all -inf": np.full((4, 3), -np.inf),
+              "no photos": np.zeros((0, 3)), "no classes": np.zeros((4, 0)), "one dimension": np.zeros(4), "three dimensions": np.zeros((4, 3, 1)), "words": [["a"]] * 4}
+TAKE_LOGITS = {
+    "accuracy": lambda z: ev.accuracy(z, [0, 1, 2, 0]), "topk_accuracy": lambda z: ev.topk_accuracy(z, [0, 1, 2, 0], 1), "evaluate_logits": lambda z: ev.evaluate_logits(z, [0, 1, 2, 0]),
+    "topk_hits": lambda z: ev.topk_hits(z, [0, 1, 2, 0]), "softmax": ev.softmax, "log_softmax": ev.log_softmax, "worst_mistakes": lambda z: ev.worst_mistakes(z, [0, 1, 2, 0]),
+    "gallery": lambda z: ev.gallery(z, [0, 1, 2, 0], None, int), "coarse_logits": lambda z: ev.coarse_logits(z, [0, 0, 1]), "scaled": lambda z: ev.scaled(z, 2.0),
+    "evaluate_hierarchy": lambda z: ev.evaluate_hierarchy(z, [0, 1, 2, 0], [0, 0, 1]), "reliability": lambda z: ev.reliability(z, [0, 1, 2, 0]), "nll": lambda z: ev.nll(z, [0, 1, 2, 0]),
+    "expected_calibration_error": lambda z: ev.expected_calibration_error(z, [0, 1, 2, 0]), "ece_floor": ev.ece_floor, "fit_temperature": lambda z: ev.fit_temperature(z, [0, 1, 2, 0]),
+    "cross_fitted_temperature": lambda z: ev.cross_fitted_temperature(z, [0, 1, 2, 0], 2), "evaluate_calibration": lambda z: ev.evaluate_calibration(z, [0, 1, 2, 0], None, otherwise=1.0),
+    "coverage_curve": lambda z: ev.coverage_curve(z, [0, 1, 2, 0]), "disagreement_gallery": lambda z: disagreement_gallery(z, np.eye(3)[[0, 1, 2, 0]], [0, 1, 2, 0], None, int),
+    "disagreement_gallery of B": lambda z: disagreement_gallery(np.eye(3)[[0, 1, 2, 0]], z, [0, 1, 2, 0], None, int)}
+
+
+@pytest.mark.parametrize("bad", BAD_LOGITS)
+@pytest.mark.parametrize("name", TAKE_LOGITS)
+def test_a_model_that_says_nothing_gets_no_figure(name, bad):
+    with pytest.raises(ev.EvaluationError) as caught: TAKE_LOGITS[name](BAD_LOGITS[bad])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 260
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [], [[0], [1], [2], [0]], [0., 1., 2., 0.], [0, 1, 2, 3], [0, 1, 2, -1], [NAN] * 4, ["a"] * 4, None], ids=repr)
+def test_labels_that_are_none_get_no_figure(labels):
+    for take in (ev.accuracy, ev.evaluate_logits, ev.topk_hits, ev.worst_mistakes, ev.nll, ev.fit_temperature, ev.evaluate_calibration, ev.coverage_curve,
+                 lambda z, y: ev.gallery(z, y, None, int), lambda z, y: disagreement_gallery(z, z, y, None, int)):
+        with pytest.raises(ev.EvaluationError) as caught: take(np.eye(3)[[0, 1, 2, 0]], labels)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: ev.topk_hits(np.eye(3), [0, 1, 2], 1.5), "k is 1.5"),
+    (lambda: ev.topk_hits(np.eye(3), [0, 1, 2], None), "k is None"),
+    (lambda: ev.wilson_interval(NAN, 10), "more hits"),
+    (lambda: ev.wilson_interval(1, float("inf")), "more hits"),
+    (lambda: ev.wilson_interval([1, 2], [3, 4, 5]), "no counts of one shape"),
+    (lambda: ev.wilson_interval("one", 2), "no counts of one shape"),
+    (lambda: ev.confusion_rates([[1, -1], [0, 1]]), "counts -1 photos"),
+    (lambda: ev.per_class_table(np.full((2, 2), NAN)), "type float64"),
+    (lambda: ev.macro(ev.per_class_table(np.zeros((2, 2), int)), "recall"), "No class has photos"),
+    (lambda: ev.macro((), "f1"), "No class has photos"),
+    (lambda: ev.macro_intervals(np.zeros((2, 2), int)), "counts no photos"),
+    (lambda: ev.effective_photos(np.zeros((2, 2), int)), "counts no photos"),
+    (lambda: ev.top_confusions([[1, 1], [0, 1]], limit=-1), "limit is -1"),
+    (lambda: ev.worst_mistakes([[0., 1.]], [0], limit=-1), "limit is -1"),
+    (lambda: ev.worst_mistakes([[0., 1.]], [0], limit=1.5), "limit is 1.5"),
+    (lambda: ev.gallery([[0., 1.]], [0], None, int, ["a", "b"]), "2 paths for 1 photos"),
+    (lambda: ev.bootstrap_interval(np.mean, [1, 2], resamples=0), "resamples is 0"),
+    (lambda: ev.bootstrap_interval(np.mean, [1, 2], resamples=99.5), "resamples is 99.5"),
+    (lambda: ev.bootstrap_interval(lambda x: x, [1, 2]), "values of shape (2,)"),
+    (lambda: ev.bin_edges([]), "confidences are none"),
+    (lambda: ev.bin_edges([NAN]), "not all from 0 to 1"),
+    (lambda: ev.bin_edges([0.5], 2.5), "bins is 2.5"),
+    (lambda: ev.scaled([[1., 2.]], "warm"), "temperature is warm"),
+    (lambda: ev.scaled([[1., 2.]], None), "temperature is None"),
+    (lambda: ev.evaluate_calibration([[1., 2.]], [0], [1., 2.]), "temperature has shape (2,)"),
+    (lambda: ev.evaluate_calibration([[1., 2.]], [0], NAN), "temperature is nan"),
+    (lambda: ev.fit_temperature([[1., 2.]], [0], lowest=0), "search is from 0"),
+    (lambda: ev.fit_temperature([[1., 2.]], [0], lowest=3, highest=2), "search is from 3"),
+    (lambda: ev.cross_fitted_temperature([[1., 2.]], [0]), "one photo"),
+    (lambda: CURVE.at(NAN), "threshold is nan"),
+    (lambda: CURVE.at(None), "threshold is None"),
+    (lambda: ev.threshold_for(CURVE, NAN), "accuracy wanted is nan"),
+    (lambda: ev.threshold_for(CURVE, 95), "accuracy wanted is 95"),
+    (lambda: ev.threshold_for(CURVE, confidence=NAN), "confidence is nan"),
+    (lambda: ev.paired_interval(0, 0, 0, 0), "no photos"),
+    (lambda: ev.paired_interval(1, -1, 0, 0), "number of photos is -1"),
+    (lambda: ev.mcnemar([NAN], [1]), "hits of A"),
+    (lambda: ev.mcnemar([True], [True], confidence=NAN), "confidence is nan"),
+])
+def test_numbers_that_are_none_are_refused(call, words):
+    with pytest.raises(ev.EvaluationError, match=re.escape(words)) as caught: call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_single_photo_is_evaluated_as_far_as_it_goes(label, tmp_path):
+    from grocery_nb.report import write_report
+    logits = np.array([[3., 1., 0.]])
+    e, h = ev.evaluate_logits(logits, [label]), ev.evaluate_hierarchy(logits, [label], [0, 0, 1])
+    calibration, coverage = ev.evaluate_calibration(logits, [label], None, otherwise=1.0), ev.coverage_curve(logits, [label])
+    assert e.n == 1 and e.top1 == (label == 0) and e.top1_interval == ev.wilson_interval(int(label == 0), 1)
+    assert calibration.undetermined and calibration.temperature == 1 and "these photos determine none" in str(calibration)
+    for one in (e, h, calibration): assert json.dumps(one.metrics(), allow_nan=False)
+    page = write_report(tmp_path / "r.html", e, hierarchy=h, calibration=calibration, coverage=coverage, threshold=None).read_text(encoding="utf-8")
+    assert "These photos determine no temperature" in page
+    with pytest.raises(ev.EvaluationError, match="No temperature"): ev.evaluate_calibration(logits, [label], None)
