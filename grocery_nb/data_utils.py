@@ -380,7 +380,8 @@ def create_dataloader(
     if batch_size % shard[1]: raise DataError(f"batch_size is {batch_size}, which {shard[1]} processes cannot share; make it a multiple of {shard[1]}")
     sampler = EpochSampler(len(dataset), seed, shuffle, getattr(dataset, "takes_epoch", False), shard)
     return DataLoader(dataset, batch_size//shard[1], sampler=sampler, num_workers=num_workers, collate_fn=collate,
-                      persistent_workers=num_workers > 0, generator=torch.Generator().manual_seed(seed))
+                      persistent_workers=num_workers > 0 and getattr(dataset, "takes_epoch", False),
+                      generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/02_data.ipynb #2138783b
 def get_loaders(
