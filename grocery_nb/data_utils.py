@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from .catalog import CLASSES_CSV, DATA_DIR, TRAIN_CSV, VAL_CSV, DataError, data_digest, get_classes, index_of, read_index, short
 from .core import GroceryError, atomic_path, atomic_write, cache_dir, needs, sha256_file
-from .pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, crop, normalize, open_image, photo_fault, to_rgb, upright
+from .data.pictures import (
+    IMAGENET_MEAN, IMAGENET_STD, Preprocessing, crop, normalize, open_image, photo_fault, to_rgb, upright)
 
 # %% ../nbs/02_data.ipynb #3918b8fe
 with needs("train"):

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from .core import GroceryError, atomic_write, beside, check_apart, check_ours, check_output, needs, user_path
-from .pictures import Preprocessing, preprocess
+from .data.pictures import Preprocessing, preprocess
 
 # %% ../nbs/08_edge.ipynb #c572bfc1
 with needs("serve"):

@@ -30,7 +30,7 @@ from .catalog import data_dir, load_split
 from .core import GroceryError, needs
 from .edge import OnnxPredictor, Predictor, answer, edge_card
 from .operations import ApiError, FlagStore, Metrics, Settings, error_response, header, setup_logging
-from .pictures import Preprocessing, open_image, preprocess
+from .data.pictures import Preprocessing, open_image, preprocess
 from .uploads import Limits, UploadError, safe_decode
 
 # %% ../nbs/08d_service.ipynb #890c89c7

@@ -22,7 +22,7 @@ from zlib import error as ZlibError
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from .core import GroceryError
-from .pictures import to_rgb
+from .data.pictures import to_rgb
 
 # %% ../nbs/08a_uploads.ipynb #da6a0c1a
 STATUS = {"empty": 400, "not_an_image": 400, "damaged_image": 400, "unsupported_format": 415, "too_many_pixels": 413, "too_large": 413}

@@ -14,7 +14,7 @@ from grocery_nb import edge
 from grocery_nb.core import GroceryError
 from grocery_nb.edge import (EdgeError, OnnxPredictor, Predictor, answer, check_parity, edge_card, edge_card_to_json, export_file,
                              export_onnx, probabilities, seal)
-from grocery_nb.pictures import Preprocessing
+from grocery_nb.data.pictures import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["Apple", "Banana", "Kiwi", "Milk", "Juice"]

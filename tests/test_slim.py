@@ -16,7 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 from grocery_nb.edge import SEAL, EdgeCard, OnnxPredictor, answer, seal
-from grocery_nb.pictures import Preprocessing
+from grocery_nb.data.pictures import Preprocessing
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "matplotlib", "scipy", "pandas", "dash", "nbdev", "fastcore")
 REFUSE = """
