@@ -9,7 +9,7 @@ __all__ = ['API_URL', 'TIMEOUT', 'app', 'RequestError', 'no_response', 'foreign'
            'get_examples', 'show_picture', 'show_status', 'send_flag', 'add_picture_callbacks', 'add_backend_callbacks',
            'ServeError', 'picture_limit', 'create_ui', 'Quiet', 'make_ui_server', 'serve_ui']
 
-# %% ../nbs/10_frontend.ipynb #d7fe3bcc
+# %% ../nbs/10_frontend.ipynb #f1d91da2
 import base64
 import binascii
 import os
@@ -213,7 +213,7 @@ def complete(
                                                      api_url=api_url)}
     except RequestError as e: return {**picture, "problem": problem(e)}
 
-# %% ../nbs/10_frontend.ipynb #acf7e129
+# %% ../nbs/10_frontend.ipynb #1be31b56
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -221,7 +221,7 @@ from .serving.page import (ASSETS, TITLES, LabelError, answer_sentence, answer_v
                                      find_class, frame, gallery, layout, model_facts, pretty,
                                      problem_text, problem_view, worth_retrying)
 
-# %% ../nbs/10_frontend.ipynb #31c441f4
+# %% ../nbs/10_frontend.ipynb #0fcffdb3
 def get_examples(
     count:int=6, # Pictures wanted, at least 1
     api_url:"str|None"=None, # The backend's address; None: API_URL
@@ -369,7 +369,7 @@ def create_ui(api_url:"str|None"=None)->Dash: # Its `server` is a WSGI applicati
     add_backend_callbacks(app, api_url)
     return app
 
-# %% ../nbs/10_frontend.ipynb #e326ef42
+# %% ../nbs/10_frontend.ipynb #af44a1e5
 app = create_ui()
 
 # %% ../nbs/10_frontend.ipynb #e54ee65c

@@ -81,9 +81,7 @@ class Settings(WorkSettings):
         return self.predictor or ("onnx" if path.suffix == ".onnx" else "torch")
 
 # %% ../../nbs/09c_operations.ipynb #ba2c54b3
-def allowed(
-    name:str, # A field of `Settings`
-) -> str: # Such as "a whole number from 0 to 65535"
+def allowed(name:str) -> str: # Of a field, such as "a whole number from 0 to 65535"
     "What a setting may be, in words"
     field = Settings.model_fields[name]
     limits = {bound: getattr(m, bound) for m in field.metadata for bound in ("ge", "le")

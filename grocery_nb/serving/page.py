@@ -8,13 +8,13 @@ __all__ = ['UNSURE', 'TITLES', 'BROWSER_PROBLEMS', 'ASSETS', 'SECONDS_BETWEEN_CH
            'find_class', 'head', 'picture_card', 'gallery', 'examples_card', 'answer_card', 'flag_form',
            'camera_dialog', 'model_facts', 'layout', 'frame']
 
-# %% ../../nbs/10a_page.ipynb #21ddc256
+# %% ../../nbs/10a_page.ipynb #3a225924
 from difflib import get_close_matches
 from importlib.resources import files
 
 from ..core import GroceryError, needs
 
-# %% ../../nbs/10a_page.ipynb #c90b1738
+# %% ../../nbs/10a_page.ipynb #e520252a
 with needs("ui"):
     from dash import dcc, html
 
@@ -142,7 +142,7 @@ def find_class(
     hint = f"did you mean {meant}?" if near else "choose one from the list."
     raise LabelError(f"The model knows no class {text.strip()!r}; {hint}")
 
-# %% ../../nbs/10a_page.ipynb #bf7bc1d0
+# %% ../../nbs/10a_page.ipynb #7da2c67b
 ASSETS = files("grocery_nb") / "assets" / "frontend" # What the browser gets besides the page
 
 # %% ../../nbs/10a_page.ipynb #431ba478
@@ -165,7 +165,7 @@ def picture_card(max_bytes:int)->html.Section: # A Dash component
     return html.Section([html.H2("Picture", id="picture-title"), place, html.Div(ways, className="ways")],
                         className="card", **{"aria-labelledby": "picture-title"})
 
-# %% ../../nbs/10a_page.ipynb #bf4d9408
+# %% ../../nbs/10a_page.ipynb #ac40d464
 def gallery(urls:list)->list: # Dash components
     "A button with a picture on it for every example"
     return [html.Li(html.Button(html.Img(src=url, alt=f"Example {i}"), type="button", title=f"Example {i}",
@@ -249,7 +249,7 @@ def layout(max_bytes:int)->html.Div: # A Dash component
         camera_dialog(), dcc.Interval(id="clock", interval=1000*SECONDS_BETWEEN_CHECKS),
         *(dcc.Store(id=name) for name in ("picture", "status", "classes", "prediction"))])
 
-# %% ../../nbs/10a_page.ipynb #7ef6fb44
+# %% ../../nbs/10a_page.ipynb #59d98e62
 def frame()->str: # With Dash's own marks, such as {%config%}
     "The HTML around the page, for Dash's `index_string`"
     return (files("grocery_nb") / "assets" / "frontend.html").read_text(encoding="utf-8")
