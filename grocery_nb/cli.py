@@ -23,7 +23,7 @@ from .core import GroceryError, add_loudness, beside, check_apart, check_ours, c
 from .measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
 from .run_training import add_arguments, train
 
-# %% ../nbs/91_cli.ipynb #12c9382b
+# %% ../nbs/91_cli.ipynb #4e221282
 def say(
     options:argparse.Namespace, # Its `quiet` counts
     result:str, # The one line that is the result
@@ -64,7 +64,7 @@ def data_download(
     choices = {"splits": tuple(options.splits)} if options.splits else {}
     print(f"Real photos: {download(options.output, progress=not options.quiet, **choices)}")
 
-# %% ../nbs/91_cli.ipynb #167a3c94
+# %% ../nbs/91_cli.ipynb #04e67cb2
 def is_jpeg(
     path:"str|Path", # A file
 ) -> bool:
@@ -100,7 +100,7 @@ def train_command(
     say(options, f"Validation accuracy: {told(run.evaluation)}", *hierarchy, f"Weights: {run.output}", f"Card:    {beside(run.output, '.json')}",
          f"Next:    {shell_command(['grocery', 'evaluate', run.output])}")
 
-# %% ../nbs/91_cli.ipynb #e79e2477
+# %% ../nbs/91_cli.ipynb #f433d982
 def check_page(
     page:"Path|None", # Where it will stand; None: nowhere
     flag:str, # How the user can name another place
@@ -113,7 +113,7 @@ def check_page(
     check_apart({"the page": page, **({} if len(models) > 1 and models[0] == models[1] else read)})
     check_place(page, flag)
 
-# %% ../nbs/91_cli.ipynb #bfc07da1
+# %% ../nbs/91_cli.ipynb #f5d9ca93
 def figures(
     measured, # From `measure`
     conditions, # From `under_conditions`, or None
@@ -354,7 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_serving(commands)
     return parser
 
-# %% ../nbs/91_cli.ipynb #e3bfb8d3
+# %% ../nbs/91_cli.ipynb #12c9c4e0
 def sentence_of(
     error:OSError, # What the operating system refused
 ) -> str: # Which file, and why

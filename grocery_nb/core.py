@@ -104,7 +104,7 @@ def cache_dir(
                            "set GROCERY_CACHE_DIR to a folder that you may write to") from e
     return folder
 
-# %% ../nbs/90_core.ipynb #03373112
+# %% ../nbs/90_core.ipynb #92451b95
 import argparse
 
 class BadPath(GroceryError, argparse.ArgumentTypeError):

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from .core import GroceryError, beside, cache_dir
 
-# %% ../nbs/06_run_training.ipynb #dce3c7ad
+# %% ../nbs/06_run_training.ipynb #a0752afd
 from .training.options import PICTURES, RECIPES, SETTINGS, add_arguments, check_options
 
-# %% ../nbs/06_run_training.ipynb #c0b80c0d
+# %% ../nbs/06_run_training.ipynb #808a5f84
 _all_ = ["RECIPES", "SETTINGS", "PICTURES", "add_arguments", "check_options"]
 
 # %% ../nbs/06_run_training.ipynb #3d2c3d2b
@@ -188,7 +188,7 @@ def new_model(
     torch.manual_seed(options.seed + rank)
     return model
 
-# %% ../nbs/06_run_training.ipynb #531db58b
+# %% ../nbs/06_run_training.ipynb #20d9cafb
 def keep(
     model, # A trained network
     val_loader, # Photos to measure it on
@@ -217,7 +217,7 @@ def train(
     "The six steps of the course; raises `GroceryError` for a mistake of the user"
     options = check_options(options)
     from grocery_nb.catalog import data_dir, load_split, read_classes
-    from grocery_nb.model_utils import check_places
+    from grocery_nb.training.model_files import check_places
     check_places(options.output)
     root = data_dir(options.data, progress=not options.quiet)
     classes = read_classes(root/"classes.csv")                                                        # 1 classes

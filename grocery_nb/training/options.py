@@ -219,7 +219,7 @@ def check_run_places(
         raise GroceryError(f"{checkpoints} is a file where the folder of checkpoints would stand; move it away, or choose another --output")
     if options.log is not None: check_ours(check_output(options.log, "--log"), is_log, "log", "--log")
 
-# %% ../../nbs/06b_options.ipynb #d7daf955
+# %% ../../nbs/06b_options.ipynb #d84917a0
 WORDS = ("class_weights", "precision") # On the command line a word, in `Recipe` what it stands for
 
 def check_values(
