@@ -171,7 +171,7 @@ def check_described(
     "Refuse with an `EdgeError` a model whose card was written for other weights"
     import torch
 
-    from grocery_nb.model_utils import weights_bytes
+    from grocery_nb.training.model_files import weights_bytes
     # it may write other bytes for the same weights
     if model.card.torch != torch.__version__: return
     if hashlib.sha256(weights_bytes(model)).hexdigest() != model.card.sha256:

@@ -35,7 +35,8 @@ class TorchPredictor:
         threads:int=1, # Of one run of the model
     ):
         with needs("train"): import torch
-        from grocery_nb.model_utils import DEVICE, load_model
+        from grocery_nb.training.backbones import DEVICE
+        from grocery_nb.training.model_files import load_model
         if not Path(f"{path}.json").is_file():
             raise ServiceError(f"{path} cannot be served: name a model.onnx, as `grocery export` writes it, or a "
                                "model.pth with its model.pth.json beside it")

@@ -37,7 +37,8 @@ def exported(tmp_path_factory):
     def make(backbone):
         import torch
 
-        from grocery_nb.model_utils import create_model, save_model, set_momentum
+        from grocery_nb.model_utils import create_model, save_model
+        from grocery_nb.training.backbones import set_momentum
         torch.manual_seed(0)
         model = set_momentum(create_model(5, backbone, weights=None), 1.0).train()
         with torch.no_grad():
