@@ -15,7 +15,7 @@ from grocery_nb import data_utils
 from grocery_nb.data import pictures
 from grocery_nb.data.pictures import Preprocessing, open_image, preprocess, to_rgb, to_srgb
 from grocery_nb.data_utils import GroceryDataset, make_transform
-from grocery_nb.uploads import safe_decode
+from grocery_nb.serving.uploads import safe_decode
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8))
 RECIPES = {"imagenet": Preprocessing(), "same": Preprocessing(256, 256), "odd": Preprocessing(223, 256),

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from serving import CLASSES, Server, at_once, photo, renamed, running
+from servers import CLASSES, Server, at_once, photo, renamed, running
 
 TOKEN = "a token for tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}

@@ -49,7 +49,8 @@ def renamed(source: Path, target: Path, names: list) -> Path:
 
     import onnx
 
-    from grocery_nb.edge import OnnxPredictor, seal
+    from grocery_nb.edge import OnnxPredictor
+    from grocery_nb.serving.sealed import seal
     model = onnx.load(source)
     del model.metadata_props[:]
     target.parent.mkdir(exist_ok=True)

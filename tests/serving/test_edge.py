@@ -12,9 +12,10 @@ from PIL import Image
 
 from grocery_nb import edge
 from grocery_nb.core import GroceryError
-from grocery_nb.edge import (EdgeError, OnnxPredictor, Predictor, answer, check_parity, edge_card, edge_card_to_json, export_file,
-                             export_onnx, probabilities, seal)
+from grocery_nb.edge import OnnxPredictor, Predictor, answer, check_parity, export_file, export_onnx, probabilities
 from grocery_nb.data.pictures import Preprocessing
+from grocery_nb.serving import sealed
+from grocery_nb.serving.sealed import EdgeError, edge_card, edge_card_to_json, seal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["Apple", "Banana", "Kiwi", "Milk", "Juice"]
@@ -144,11 +145,11 @@ def test_models_without_card_or_names(onnx_file, tmp_path):
 
 def test_a_failing_export_leaves_the_old_file(onnx_file, tmp_path, monkeypatch):
     path, weights = tmp_path / "model.onnx", onnx_file.with_suffix("")
-    old = edge.SEAL + b"the old one"
+    old = sealed.SEAL + b"the old one"
     path.write_bytes(old)
-    wrong = edge.graph_bytes.__globals__["seal"](b"\x08\x0a", OnnxPredictor(onnx_file).card)
+    wrong = sealed.seal(b"\x08\x0a", OnnxPredictor(onnx_file).card)
     good = onnx_file.read_bytes()
-    graph = good[:good.index(b"r", good.rindex(edge.CARD_KEY.encode()) - 16)]
+    graph = good[:good.index(b"r", good.rindex(sealed.CARD_KEY.encode()) - 16)]
 
     def changed(model, size):
         "An export that went wrong in a single weight"
@@ -189,7 +190,7 @@ def test_an_export_is_named_by_adding_and_replaces_only_exports(onnx_file, tmp_p
 def test_every_damage_is_found(onnx_file, tmp_path):
     good, path = onnx_file.read_bytes(), tmp_path / "model.onnx"
     bad = [b"", b"\0", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", good + b"\0", good + good, good[::-1],
-           onnx_file.with_suffix("").read_bytes(), bytes(len(good)), good[1:], good[len(edge.SEAL) + 64:]]
+           onnx_file.with_suffix("").read_bytes(), bytes(len(good)), good[1:], good[len(sealed.SEAL) + 64:]]
     bad += [good[:n] for n in (1, 63, 64, 90, 1000, len(good) // 2, len(good) - 65, len(good) - 64, len(good) - 1)]
     for place in [*np.random.default_rng(0).integers(0, len(good), 40), 0, len(good) - 1, len(good) - 64, len(good) - 70]:
         flipped = bytearray(good)
@@ -212,11 +213,11 @@ def forge(onnx_file, tmp_path):
         proto = onnx.load_model_from_string(onnx_file.read_bytes())
         values = {**json.loads(proto.metadata_props[0].value), **card}
         del proto.metadata_props[:]
-        proto.metadata_props.append(onnx.StringStringEntryProto(key=edge.CARD_KEY, value=json.dumps(values)))
+        proto.metadata_props.append(onnx.StringStringEntryProto(key=sealed.CARD_KEY, value=json.dumps(values)))
         change(proto)
         body = proto.SerializeToString()
         path = tmp_path / "model.onnx"
-        path.write_bytes(body + edge.SEAL + hashlib.sha256(body).hexdigest().encode())
+        path.write_bytes(body + sealed.SEAL + hashlib.sha256(body).hexdigest().encode())
         return path
     return make
 
@@ -312,7 +313,7 @@ def test_answers_at_the_edges(onnx_file):
 def test_cards_travel_whole(onnx_file):
     from grocery_nb.model_utils import read_card
     card = edge_card(read_card(onnx_file.with_suffix("")))
-    assert card == OnnxPredictor(onnx_file).card and edge.edge_card_from_json(edge_card_to_json(card)) == card
+    assert card == OnnxPredictor(onnx_file).card and sealed.edge_card_from_json(edge_card_to_json(card)) == card
     assert seal(b"", card).startswith(b"r") and card.created.endswith("+00:00")
     assert card.weights_sha256 == hashlib.sha256(onnx_file.with_suffix("").read_bytes()).hexdigest()
 

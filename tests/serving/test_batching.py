@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 
 import pytest
-from grocery_nb.batching import Batcher, BatchError, DeadlinePassed, Draining, QueueFull, Waiting, run_batch
+from grocery_nb.serving.batching import Batcher, BatchError, DeadlinePassed, Draining, QueueFull, Waiting, run_batch
 
 
 class Broken(Exception): pass

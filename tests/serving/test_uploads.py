@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from grocery_nb.data.pictures import open_image
-from grocery_nb.uploads import STATUS, Limits, UploadError, safe_decode
+from grocery_nb.serving.uploads import STATUS, Limits, UploadError, safe_decode
 
 SPOTS = (8, 8), (50, 8), (8, 40), (50, 40)
 
@@ -42,7 +42,7 @@ MEMORY = """
 import re, sys
 sys.path.insert(0, sys.argv[1])
 import hostile
-from grocery_nb.uploads import UploadError, safe_decode
+from grocery_nb.serving.uploads import UploadError, safe_decode
 def now(name): return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 uploads = hostile.kinds()
 safe_decode(hostile.odd_but_good()["jpeg"])
@@ -59,7 +59,7 @@ print(most*1024, worst)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_a_refused_upload_takes_little_memory():
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(Path(__file__).parent)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(Path(__file__).parent.parent)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     most, worst = done.stdout.split()
     assert int(most) <= 100_000_000, worst
@@ -130,7 +130,7 @@ def test_a_progressive_photo_of_a_telephone_is_taken():
 
 PLUGINS = """
 import sys
-from grocery_nb.uploads import UploadError, safe_decode
+from grocery_nb.serving.uploads import UploadError, safe_decode
 for other in (b"%!PS-Adobe", b"II*\\0"):
     try: safe_decode(other)
     except UploadError: pass
