@@ -84,7 +84,7 @@ from typing import Protocol, runtime_checkable
 from PIL import Image
 
 from .core import atomic_write, beside, check_apart, check_ours, check_output, user_path
-from .pictures import Preprocessing, preprocess
+from .data.pictures import Preprocessing, preprocess
 from .serving.sealed import (EdgeCard, check_seal, edge_card, is_export, open_session,
                                        read_model, seal, session_card)
 

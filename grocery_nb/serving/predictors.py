@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import GroceryError, needs
 from ..edge import OnnxPredictor, Predictor, edge_card
-from ..pictures import Preprocessing, preprocess
+from ..data.pictures import Preprocessing, preprocess
 from .operations import Settings
 
 # %% ../../nbs/09e_predictors.ipynb #890c89c7

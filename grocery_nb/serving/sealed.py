@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..core import GroceryError, needs
-from ..pictures import Preprocessing
+from ..data.pictures import Preprocessing
 
 # %% ../../nbs/08a_sealed.ipynb #3fe4c512
 class EdgeError(GroceryError, ValueError):

@@ -20,7 +20,7 @@ import random
 
 from ..catalog import load_split
 from ..core import GroceryError
-from ..pictures import open_image
+from ..data.pictures import open_image
 from .operations import ApiError
 
 # %% ../../nbs/09g_service.ipynb #bb58bafc

@@ -335,7 +335,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
 # %% ../../nbs/09a_uploads.ipynb #8111b2bd
 from collections.abc import Callable
 
-from ..pictures import to_rgb
+from ..data.pictures import to_rgb
 
 # %% ../../nbs/09a_uploads.ipynb #b11d7e43
 def as_shown(

@@ -13,7 +13,7 @@ from PIL import Image
 from grocery_nb import edge
 from grocery_nb.core import GroceryError
 from grocery_nb.edge import OnnxPredictor, Predictor, answer, check_parity, export_file, export_onnx, probabilities
-from grocery_nb.pictures import Preprocessing
+from grocery_nb.data.pictures import Preprocessing
 from grocery_nb.serving import sealed
 from grocery_nb.serving.sealed import EdgeError, edge_card, edge_card_to_json, seal
 

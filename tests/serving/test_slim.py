@@ -16,7 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 from grocery_nb.edge import OnnxPredictor, answer
-from grocery_nb.pictures import Preprocessing
+from grocery_nb.data.pictures import Preprocessing
 from grocery_nb.serving.sealed import SEAL, EdgeCard, seal
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "matplotlib", "scipy", "pandas", "dash", "nbdev", "fastcore")

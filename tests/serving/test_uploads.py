@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grocery_nb.pictures import open_image
+from grocery_nb.data.pictures import open_image
 from grocery_nb.serving.uploads import STATUS, Limits, UploadError, safe_decode
 
 SPOTS = (8, 8), (50, 8), (8, 40), (50, 40)

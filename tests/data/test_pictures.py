@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grocery_nb import data_utils, pictures
+from grocery_nb import data_utils
+from grocery_nb.data import pictures
+from grocery_nb.data.pictures import Preprocessing, open_image, preprocess, to_rgb, to_srgb
 from grocery_nb.data_utils import GroceryDataset, make_transform
-from grocery_nb.pictures import Preprocessing, open_image, preprocess, to_rgb, to_srgb
 from grocery_nb.serving.uploads import safe_decode
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8))
@@ -70,7 +71,7 @@ def test_old_names_still_lead_to_the_same_things():
 
 
 def test_needs_no_torch():
-    code = "import sys\nfrom PIL import Image\nfrom grocery_nb.pictures import preprocess\n" \
+    code = "import sys\nfrom PIL import Image\nfrom grocery_nb.data.pictures import preprocess\n" \
            "preprocess(Image.new('RGB', (9, 9)))\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
