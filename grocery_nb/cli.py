@@ -18,7 +18,8 @@ from pathlib import Path
 
 from . import __version__
 from .core import GroceryError, check_output
-from .measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
+from .analysis.measuring import (
+    compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions)
 from .run_training import add_arguments, train
 
 # %% ../nbs/91_cli.ipynb #a4415317
@@ -86,7 +87,7 @@ def evaluate_command(
 ):
     "Measure a model file on a split: a table or JSON, and the HTML report"
     from grocery_nb.evaluation import robustness_text
-    from grocery_nb.report import check_place
+    from grocery_nb.analysis.report import check_place
     page = options.report
     if page is None and not options.json: page = page_for(options.model, options.data, options.split)
     if page is not None: check_place(page)
@@ -104,7 +105,7 @@ def compare_command(
     options:argparse.Namespace, # a, b, data, split, json, output
 ):
     "Measure two model files on the same photos: a verdict or JSON, and the HTML page"
-    from grocery_nb.report import check_place
+    from grocery_nb.analysis.report import check_place
     page = Path("comparison.html") if options.output is None and not options.json else options.output
     if page is not None: check_place(page, "--output")
     compared = compare(options.a, options.b, options.data, options.split)
@@ -118,7 +119,7 @@ def report_command(
     options:argparse.Namespace, # model, data, split, output
 ):
     "Measure a model file and write the HTML report"
-    from grocery_nb.report import check_place
+    from grocery_nb.analysis.report import check_place
     check_place(options.output, "--output")
     measured = measure(options.model, options.data, options.split)
     tell(measured)
@@ -186,7 +187,7 @@ def demo_command(
 ):
     "Data, training, evaluation, model and report, on Mini Grocery unless told otherwise"
     from grocery_nb.catalog import data_dir
-    from grocery_nb.report import check_place
+    from grocery_nb.analysis.report import check_place
     from grocery_nb.synthetic import mini_dir
     model = check_output(options.output/"model.pth")
     check_place(options.output/"report.html", "--output")
