@@ -26,10 +26,10 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY)  ## Data, training, evaluation, model and report on Mini Grocery
 	$(BIN)/grocery demo
 
-serve: runs/demo/model.onnx  ## The demo's model behind the backend (port 8000) and the page (port 8050), until Ctrl-C
+serve: runs/demo/model.pth.onnx  ## The demo's model behind the backend (port 8000) and the page (port 8050), until Ctrl-C
 	$(BIN)/grocery serve --ui
 
-runs/demo/model.onnx: runs/demo/model.pth
+runs/demo/model.pth.onnx: runs/demo/model.pth
 	$(BIN)/grocery export runs/demo/model.pth
 
 runs/demo/model.pth: | $(READY)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GroceryError', 'MissingExtra', 'needs', 'fsync_folder', 'atomic_path', 'atomic_write', 'sha256_file', 'cache_path',
-           'cache_dir', 'user_path', 'beside', 'shell_command', 'check_output', 'check_apart', 'check_ours']
+           'cache_dir', 'BadPath', 'user_path', 'beside', 'shell_command', 'check_output', 'check_apart', 'check_ours',
+           'add_loudness']
 
 # %% ../nbs/90_core.ipynb #80eedc46
 import hashlib
@@ -103,14 +104,20 @@ def cache_dir(
                            "set GROCERY_CACHE_DIR to a folder that you may write to") from e
     return folder
 
+# %% ../nbs/90_core.ipynb #92451b95
+import argparse
+
+class BadPath(GroceryError, argparse.ArgumentTypeError):
+    "What was given is no path"
+
 # %% ../nbs/90_core.ipynb #dcf7a59c
 def user_path(
     text:"str|Path", # From the command line or the environment
 ) -> Path: # With the home folder in place of `~`
-    "A path as a person writes it; `GroceryError` for an empty one and for a home that does not exist"
-    if not str(text): raise GroceryError("A path is empty; name a file or a folder")
+    "A path as a person writes it, also as a type for `argparse`; `BadPath` if it is empty or its home does not exist"
+    if not str(text): raise BadPath("A path is empty; name a file or a folder")
     try: return Path(text).expanduser()
-    except RuntimeError as e: raise GroceryError(f"The home folder in {text} is not known; write the path out") from e
+    except RuntimeError as e: raise BadPath(f"The home folder in {text} is not known; write the path out") from e
 
 # %% ../nbs/90_core.ipynb #c335bc46
 def beside(
@@ -125,8 +132,8 @@ def shell_command(
     parts:list, # Program and arguments, `str` or `Path`
     windows:bool=os.name == "nt", # Quote for PowerShell
 ) -> str: # One line that can be pasted into a shell
-    "A command as a person can paste it, whatever its file names hold"
-    parts = [str(part) for part in parts]
+    "A command as a person can paste it, whatever its file names hold; a path never looks like a flag"
+    parts = [f"./{part}" if isinstance(part, Path) and str(part).startswith("-") else str(part) for part in parts]
     if not windows: return shlex.join(parts)
     safe = re.compile(r"[\w.:\\/=+-]+")
     quoted = [part if safe.fullmatch(part) else "'" + part.replace("'", "''") + "'" for part in parts]
@@ -173,3 +180,12 @@ def check_ours(
     if path.exists() and path.is_file() and path.stat().st_size and not ours(path):
         raise GroceryError(f"{path} exists and is no {what} of this program; move it away, or choose another {flag}")
     return path
+
+# %% ../nbs/90_core.ipynb #f4207117
+def add_loudness(
+    parser, # An `argparse.ArgumentParser`, or a group of one; receives the flags
+):
+    "The flags --quiet and --verbose, with the one meaning that they have everywhere"
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("-q", "--quiet", action="store_true", help="errors alone, and one line of result on standard output")
+    either.add_argument("-v", "--verbose", action="store_true", help="show the traceback behind an error, too")

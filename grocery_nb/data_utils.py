@@ -42,10 +42,11 @@ _all_ = ["CLASSES_CSV", "DATA_DIR", "TRAIN_CSV", "VAL_CSV", "get_classes", "IMAG
 
 # %% ../nbs/02_data.ipynb #1c7be453
 def square_steps(
-    resize:int, # Side of the square, in pixels
+    preprocessing:Preprocessing, # `resize`, the side of the square, and `interpolation`
 ) -> list: # Steps from image to image
     "The part of the preprocessing that is the same in every epoch"
-    return [v2.Resize(resize, interpolation=v2.InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(resize)]
+    p = preprocessing
+    return [v2.Resize(p.resize, interpolation=v2.InterpolationMode(p.interpolation), antialias=True), v2.CenterCrop(p.resize)]
 
 # %% ../nbs/02_data.ipynb #73cb5ea0
 def make_transform(
@@ -53,7 +54,7 @@ def make_transform(
 ) -> v2.Compose: # From an RGB image to a float32 tensor (3, size, size)
     "The transform for evaluation and prediction: the same steps that the pretrained weights were evaluated with"
     p = preprocessing
-    return v2.Compose([*square_steps(p.resize), v2.CenterCrop(p.size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+    return v2.Compose([*square_steps(p), v2.CenterCrop(p.size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(p.mean, p.std), v2.ToPureTensor()])
 
 transform = make_transform()
@@ -217,31 +218,31 @@ CACHE_FORMAT = 2 # To be raised whenever the bytes of a cache get another meanin
 
 def cache_file(
     csv:"str|Path", # An index
-    preprocessing:Preprocessing, # Only `resize` matters: crop and normalisation come after the cache
+    preprocessing:Preprocessing, # Only `resize` and `interpolation` matter: crop and normalisation come after the cache
 ) -> Path: # Where the pixels lie or will lie
     "Name a cache by everything that its bytes depend on; `DataError` if the data cannot be read"
-    recipe = f"{CACHE_FORMAT} bilinear antialias {PIL.__version__} {data_digest(csv)}"
+    recipe = f"{CACHE_FORMAT} {preprocessing.interpolation} antialias {PIL.__version__} {data_digest(csv)}"
     return cache_dir("pixels")/f"{Path(csv).stem}-{preprocessing.resize}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.u8"
 
 # %% ../nbs/02_data.ipynb #a4a5ec16
 def read_square(
     path:"str|Path", # A photo
     where:str, # Where it is listed, for the message
-    resize:int, # Side of the square
+    preprocessing:Preprocessing, # `resize` is the side of the square
 ) -> np.ndarray: # (resize, resize, 3) uint8
     "One photo as the cache keeps it"
-    return np.asarray(v2.Compose(square_steps(resize))(open_image(path, where)))
+    return np.asarray(v2.Compose(square_steps(preprocessing))(open_image(path, where)))
 
 # %% ../nbs/02_data.ipynb #f99f4c05
 def write_pixels(
     path:Path, # A file to write
     csv:"str|Path", # An index
-    resize:int, # Side of the squares
+    preprocessing:Preprocessing, # `resize` is the side of the squares
     progress:bool=False, # Show a bar
 ) -> str: # SHA-256 of what was written
     "Decode the photos of an index in threads and write them one behind the other; `DataError` at the first bad photo"
     items, folder, digest = read_index(csv), Path(csv).parent, hashlib.sha256()
-    def square(item): return read_square(folder/item.path, f"{short(csv)}, row {item.row}", resize)
+    def square(item): return read_square(folder/item.path, f"{short(csv)}, row {item.row}", preprocessing)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, open(path, "wb") as f, \
          tqdm(total=len(items), desc="pixel cache", unit="photo", disable=not progress) as bar:
         for start in range(0, len(items), 64):
@@ -267,13 +268,14 @@ def cache_shape(
 def build_cache(
     path:Path, # From `cache_file`
     csv:"str|Path", # An index
-    resize:int, # Side of the squares
+    preprocessing:Preprocessing, # `resize` is the side of the squares
     progress:bool=False, # Show a bar
 ) -> None:
     "Write pixels and card, each whole or absent; to be called by one process at a time"
     for left in path.parent.glob(f".{path.name}.*.tmp"): left.unlink()  # of a build that was killed
-    with atomic_path(path) as temporary: digest = write_pixels(temporary, csv, resize, progress)
-    card = {"shape": [len(read_index(csv)), resize, resize, 3], "mtime_ns": path.stat().st_mtime_ns, "sha256": digest}
+    with atomic_path(path) as temporary: digest = write_pixels(temporary, csv, preprocessing, progress)
+    side = preprocessing.resize
+    card = {"shape": [len(read_index(csv)), side, side, 3], "mtime_ns": path.stat().st_mtime_ns, "sha256": digest}
     atomic_write(path.with_suffix(".json"), json.dumps(card))
 
 # %% ../nbs/02_data.ipynb #2bc17556
@@ -290,7 +292,7 @@ def pixel_cache(
     try:
         if cache_shape(path) is None:
             with FileLock(f"{path}.lock"):
-                if cache_shape(path) is None: build_cache(path, csv, preprocessing.resize, progress)
+                if cache_shape(path) is None: build_cache(path, csv, preprocessing, progress)
     except OSError as e:
         raise GroceryError(f"The pixel cache {path} cannot be written ({e.strerror}); make room there, or set GROCERY_CACHE_DIR "
                            "to another folder") from e
@@ -378,7 +380,8 @@ def create_dataloader(
     if batch_size % shard[1]: raise DataError(f"batch_size is {batch_size}, which {shard[1]} processes cannot share; make it a multiple of {shard[1]}")
     sampler = EpochSampler(len(dataset), seed, shuffle, getattr(dataset, "takes_epoch", False), shard)
     return DataLoader(dataset, batch_size//shard[1], sampler=sampler, num_workers=num_workers, collate_fn=collate,
-                      persistent_workers=num_workers > 0, generator=torch.Generator().manual_seed(seed))
+                      persistent_workers=num_workers > 0 and getattr(dataset, "takes_epoch", False),
+                      generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/02_data.ipynb #2138783b
 def get_loaders(

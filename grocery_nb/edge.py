@@ -6,8 +6,8 @@
 __all__ = ['OPSET', 'EDGE_FORMAT', 'CARD_KEY', 'SEAL', 'PARITY', 'EdgeError', 'inference_copy', 'strip_notes', 'first_line',
            'quietly', 'graph_bytes', 'are_names', 'is_number', 'is_coarse_map', 'EdgeCard', 'edge_card',
            'edge_card_to_json', 'edge_card_from_json', 'seal', 'fault', 'check_seal', 'read_model', 'open_session',
-           'session_card', 'OnnxPredictor', 'parity_batches', 'check_parity', 'check_described', 'export_onnx',
-           'export_file', 'probabilities', 'coarse_answer', 'answer', 'Predictor']
+           'session_card', 'OnnxPredictor', 'parity_batches', 'check_parity', 'check_described', 'is_export',
+           'export_place', 'export_onnx', 'export_file', 'probabilities', 'coarse_answer', 'answer', 'Predictor']
 
 # %% ../nbs/08_edge.ipynb #73d587b6
 import copy
@@ -26,7 +26,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from .core import GroceryError, atomic_write, needs
+from .core import GroceryError, atomic_write, beside, check_apart, check_ours, check_output, needs, user_path
 from .pictures import Preprocessing, preprocess
 
 # %% ../nbs/08_edge.ipynb #c572bfc1
@@ -354,19 +354,36 @@ def check_described(
     "Refuse with an `EdgeError` a model whose weights are not the ones that its card was written for"
     import torch
 
-    from grocery_nb.model_utils import weights_bytes
+    from grocery_nb.training.model_files import weights_bytes
     if model.card.torch == torch.__version__ and hashlib.sha256(weights_bytes(model)).hexdigest() != model.card.sha256:
         raise EdgeError("The model's weights were changed after they were loaded, so that its card describes others; "
                         "save it with save_model, load it again, and export that")
+
+# %% ../nbs/08_edge.ipynb #7228bd63
+def is_export(
+    path:Path, # A file that exists
+) -> bool:
+    "Whether `export_onnx` wrote it, even if it was damaged since"
+    data = path.read_bytes()
+    return SEAL in data or CARD_KEY.encode() in data
+
+def export_place(
+    path:"str|Path", # The file to write, such as model.pth.onnx
+    model_path:"str|Path|None"=None, # The weights, which must not be overwritten
+) -> Path: # The same path, with the home folder in place of `~`
+    "Refuse now what could not be written, or would destroy a file that is no export of ours; `GroceryError`"
+    path = check_output(user_path(path))
+    if path.suffix != ".onnx": raise EdgeError(f"{path} cannot be the model file; give a name that ends in .onnx, such as model.onnx")
+    check_apart({"the weights": model_path, "the ONNX file": path})
+    return check_ours(path, is_export, "ONNX model")
 
 # %% ../nbs/08_edge.ipynb #8681eceb
 def export_onnx(
     model, # From `load_model`: with `.card`
     path:"str|Path", # The file to write, such as model.onnx
 ) -> Path: # The same path
-    "Export a model with its card into one ONNX file, whole and verified or not at all; raises `EdgeError`"
-    path, card = Path(path), edge_card(getattr(model, "card", None))
-    if path.suffix != ".onnx": raise EdgeError(f"{path} cannot be the model file; give a name that ends in .onnx, such as model.onnx")
+    "Export a model with its card into one ONNX file, whole and verified or not at all; raises `GroceryError`"
+    path, card = export_place(path), edge_card(getattr(model, "card", None))
     check_described(model)
     data = seal(graph_bytes(model, card.preprocessing["size"]), card)
     check_parity(model, path, data)
@@ -377,11 +394,13 @@ def export_onnx(
 # %% ../nbs/08_edge.ipynb #6d074bc6
 def export_file(
     model_path:"str|Path", # A file of weights with its card, such as model.pth
-    output:"str|Path|None"=None, # The file to write; None puts model.onnx beside model.pth
+    output:"str|Path|None"=None, # The file to write; None puts model.pth.onnx beside model.pth
 ) -> Path: # Where it stands
-    "Load a model and export it; raises `ModelError` or `EdgeError`, and then an older file still stands"
+    "Load a model and export it; raises `GroceryError`, and then an older file still stands"
     from grocery_nb.model_utils import load_model
-    return export_onnx(load_model(None, model_path), Path(model_path).with_suffix(".onnx") if output is None else output)
+    model_path = user_path(model_path)
+    path = export_place(beside(model_path, ".onnx") if output is None else output, model_path)
+    return export_onnx(load_model(None, model_path), path)
 
 # %% ../nbs/08_edge.ipynb #59bb888c
 def probabilities(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['API_URL', 'TIMEOUT', 'UNSURE', 'TITLES', 'BROWSER_PROBLEMS', 'SECONDS_BETWEEN_CHECKS', 'ASSETS', 'ICON', 'PAGE',
-           'RequestError', 'no_response', 'foreign', 'refusal', 'call', 'json_answer', 'get_random_image', 'image_part',
-           'server_timing', 'predict_answer', 'predict_image', 'get_class_names', 'get_status', 'flag_image',
-           'LabelError', 'find_class', 'data_url', 'from_data_url', 'problem', 'update_output', 'complete', 'percent',
-           'pretty', 'file_size', 'bars', 'answer_view', 'answer_sentence', 'problem_text', 'worth_retrying',
-           'problem_view', 'head', 'picture_card', 'get_examples', 'gallery', 'examples_card', 'answer_card',
-           'flag_form', 'camera_dialog', 'model_facts', 'layout', 'show_picture', 'show_status', 'send_flag',
-           'add_picture_callbacks', 'add_backend_callbacks', 'ServeError', 'picture_limit', 'create_ui', 'Quiet',
-           'make_ui_server', 'serve_ui']
+           'RequestError', 'no_response', 'foreign', 'refusal', 'address', 'call', 'json_answer', 'get_random_image',
+           'image_part', 'server_timing', 'predict_answer', 'predict_image', 'get_class_names', 'get_status',
+           'flag_image', 'LabelError', 'find_class', 'data_url', 'from_data_url', 'problem', 'update_output',
+           'complete', 'percent', 'pretty', 'file_size', 'bars', 'answer_view', 'answer_sentence', 'problem_text',
+           'worth_retrying', 'problem_view', 'head', 'picture_card', 'get_examples', 'gallery', 'examples_card',
+           'answer_card', 'flag_form', 'camera_dialog', 'model_facts', 'layout', 'show_picture', 'show_status',
+           'send_flag', 'add_picture_callbacks', 'add_backend_callbacks', 'ServeError', 'picture_limit', 'create_ui',
+           'Quiet', 'make_ui_server', 'serve_ui']
 
 # %% ../nbs/10_frontend.ipynb #f7cddd89
 import base64
@@ -35,7 +35,7 @@ with needs("ui"):
     from werkzeug.serving import WSGIRequestHandler, make_server
 
 # %% ../nbs/10_frontend.ipynb #295f8c38
-API_URL = os.environ.get("API_URL", "http://localhost:8000")
+API_URL = os.environ.get("API_URL") or "http://localhost:8000"
 TIMEOUT = (3, 30)  # seconds to connect, seconds to answer
 
 class RequestError(GroceryError):
@@ -74,6 +74,13 @@ def refusal(
     wait = response.headers.get("Retry-After", "")
     return RequestError(code, message, float(wait) if wait.isdecimal() else None)
 
+# %% ../nbs/10_frontend.ipynb #ad4199c4
+def address(
+    api_url:"str|None"=None, # As given; None: API_URL
+)->str: # Without a slash at its end
+    "The backend's address; an empty one that was given is no address, and not an order to ask elsewhere"
+    return (API_URL if api_url is None else api_url).rstrip("/")
+
 # %% ../nbs/10_frontend.ipynb #a0627a35
 def call(
     method:str, # "GET" or "POST"
@@ -83,7 +90,7 @@ def call(
     **options, # For `requests.request`: files, data, params
 )->requests.Response: # One that succeeded
     "Ask the backend; a RequestError says in one sentence why there is no answer"
-    url = (api_url or API_URL).rstrip("/")
+    url = address(api_url)
     try: response = requests.request(method, url + path, timeout=timeout, **options)
     except requests.RequestException as e: raise no_response(e, url) from e
     if not response.ok: raise refusal(response, url)
@@ -291,7 +298,7 @@ def problem_text(
         title, sentence = BROWSER_PROBLEMS[found["code"]]
         return title, sentence.format(name=picture.get("name") or "This file", size=file_size(picture.get("size") or 0), limit=file_size(limit))
     wait, message = found.get("retry_after"), str(found.get("message", ""))
-    advice = f" Try again in {wait:.0f} seconds." if wait and "try again" not in message.lower() else ""
+    advice = f" Try again in {wait:.0f} seconds." if wait is not None and "try again" not in message.lower() else ""
     return TITLES.get(found["code"], "That did not work"), message + advice
 
 # %% ../nbs/10_frontend.ipynb #67200697
@@ -529,7 +536,7 @@ PAGE = """<!DOCTYPE html>
 
 def create_ui(api_url:"str|None"=None)->Dash: # Its `server` is a WSGI application
     "The page as a Dash app, which speaks to the backend at `api_url` (None: API_URL) and to nobody else; may raise ServeError"
-    api_url, max_bytes = (api_url or API_URL).rstrip("/"), picture_limit()
+    api_url, max_bytes = address(api_url), picture_limit()
     app = Dash("grocery_nb.frontend", assets_folder=str(ASSETS), title="What is in the picture?", update_title=None, index_string=PAGE,
                health_endpoint="livez")
     app.server.config["MAX_CONTENT_LENGTH"] = 2*max_bytes + (1 << 20)  # a picture in base64 and what goes with it
@@ -565,6 +572,6 @@ def serve_ui(
     "Serve the page until Ctrl+C; ServeError if the port is taken"
     with make_ui_server(host, port, api_url) as server:
         shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else host
-        print(f"The page is at http://{shown}:{server.port}, its backend at {(api_url or API_URL).rstrip('/')}. Ctrl+C stops it.", flush=True)
+        print(f"The page is at http://{shown}:{server.port}, its backend at {address(api_url)}. Ctrl+C stops it.", flush=True)
         try: server.serve_forever()
         except KeyboardInterrupt: print()

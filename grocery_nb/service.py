@@ -233,7 +233,7 @@ class Capacity:
 
 # %% ../nbs/08d_service.ipynb #bb58bafc
 def validation_pictures(
-    source:str, # mini, grocery, or a folder
+    source:"str|None", # mini, grocery, or a folder; None is GROCERY_DATA_DIR, or else mini
 ) -> list: # Paths
     "The pictures of the validation set, drawn or downloaded if need be"
     root = data_dir(source)
@@ -242,7 +242,7 @@ def validation_pictures(
 # %% ../nbs/08d_service.ipynb #c4c0db37
 class Gallery:
     "Pictures of the validation set, found when the first one is asked for"
-    def __init__(self, source:str): self.source, self.search = source, None # mini, grocery, or a folder
+    def __init__(self, source:"str|None"=None): self.source, self.search = source, None # As for `data_dir`
 
     async def choose(self, patience:float) -> Path:
         "One at random; `ApiError` no_data, or loading if it takes longer than `patience` seconds"

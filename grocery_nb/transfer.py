@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .checkpoint import CheckpointFolder, check_same, random_state, read_state, set_random_state, write_state
 from .core import atomic_path, needs
-from .model_utils import set_momentum, split_head
+from .model_utils import split_head
+from .training.backbones import set_momentum
 from .train_utils import Callback, from_first, gathered, predict, rank_and_world, start_over, train_model
 from .training.recipes import Recipe, TrainError, check_probe, check_settings
 

@@ -9,7 +9,9 @@ import re
 import sys
 from contextlib import redirect_stdout
 
-FOLDED = re.compile(r"^<details><summary>(.*?)</summary>\n\n(.*?)\n\n</details>$", re.DOTALL | re.MULTILINE)
+HOME = "Grocery MLOps Workbook"  # the title of the notebook that the site opens with
+
+FOLDED = re.compile(r"^<details><summary>([^\n]*)</summary>\n\n((?:(?!<details>).)*?)\n\n</details>$", re.DOTALL | re.MULTILINE)  # the innermost first
 REMARK = re.compile(r"^> \*\*(.+?)\*\* ?(.*(?:\n>.*)*)", re.MULTILINE)
 FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1$", re.DOTALL | re.MULTILINE)
 
@@ -32,7 +34,7 @@ def in_quarto(text: str) -> str:
         return f"\0{len(kept) - 1}\0"
     text = FENCED.sub(keep, text)
     text = REMARK.sub(unquoted, text)
-    text = FOLDED.sub(lambda m: callout("tip", m[1], m[2], 'collapse="true" '), text)
+    while FOLDED.search(text): text = FOLDED.sub(lambda m: callout("tip", m[1], m[2], 'collapse="true" '), text)
     return re.sub(r"\0(\d+)\0", lambda m: kept[int(m[1])], text)
 
 
@@ -47,7 +49,9 @@ def main():
     with redirect_stdout(sys.stderr): FilterDefaults()(nb)
     front = nb.cells[0]
     if front.cell_type == "raw":
-        front.source = "\n".join(line for line in front.source.splitlines() if not line.startswith("output-file:"))
+        lines = [line for line in front.source.splitlines() if not line.startswith("output-file:")]
+        if f"title: {HOME}" in lines: lines.insert(1, "aliases: [/index.html]")
+        front.source = "\n".join(lines)
     sys.stdout.write(nb2str(nb))
 
 

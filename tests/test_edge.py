@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from grocery_nb import edge
+from grocery_nb.core import GroceryError
 from grocery_nb.edge import (EdgeError, OnnxPredictor, Predictor, answer, check_parity, edge_card, edge_card_to_json, export_file,
                              export_onnx, probabilities, seal)
 from grocery_nb.pictures import Preprocessing
@@ -35,7 +36,8 @@ def exported(tmp_path_factory):
     def make(backbone):
         import torch
 
-        from grocery_nb.model_utils import create_model, save_model, set_momentum
+        from grocery_nb.model_utils import create_model, save_model
+        from grocery_nb.training.backbones import set_momentum
         torch.manual_seed(0)
         model = set_momentum(create_model(5, backbone, weights=None), 1.0).train()
         with torch.no_grad():
@@ -60,7 +62,7 @@ def test_answers_as_the_trained_model_does(exported, pictures, backbone):
     from grocery_nb.data_utils import make_transform
     from grocery_nb.model_utils import load_model
     path = exported(backbone)
-    predictor, model = OnnxPredictor(path), load_model(None, path.with_suffix(".pth")).cpu()
+    predictor, model = OnnxPredictor(path), load_model(None, path.with_suffix("")).cpu()
     transform = make_transform(Preprocessing(**model.card.preprocessing))
     tensors = torch.stack([transform(picture) for picture in pictures])
     arrays = np.stack([predictor.preprocess(picture) for picture in pictures])
@@ -110,7 +112,7 @@ def test_same_weights_same_file(onnx_file, tmp_path, capfd):
     import torch
 
     from grocery_nb.model_utils import load_model
-    model = load_model(None, onnx_file.with_suffix(".pth")).to(memory_format=torch.channels_last).train()
+    model = load_model(None, onnx_file.with_suffix("")).to(memory_format=torch.channels_last).train()
     again = export_onnx(model, tmp_path / "again.onnx")
     assert again.read_bytes() == onnx_file.read_bytes()
     assert model.training and model.features[3].block[0][0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -121,7 +123,7 @@ def test_another_model_is_found_out(onnx_file):
     import torch
 
     from grocery_nb.model_utils import create_model, load_model
-    model = load_model(None, onnx_file.with_suffix(".pth"))
+    model = load_model(None, onnx_file.with_suffix(""))
     assert check_parity(model, onnx_file) < 1e-3
     with torch.no_grad(): model.features[0][0].weight[0] += 0.01
     with pytest.raises(EdgeError, match="a logit differs by"): check_parity(model, onnx_file)
@@ -136,13 +138,14 @@ def test_models_without_card_or_names(onnx_file, tmp_path):
     save_model(model, tmp_path / "model.pth")
     with pytest.raises(EdgeError, match="names no classes"): export_file(tmp_path / "model.pth")
     with pytest.raises(ModelError, match="no file"): export_file(tmp_path / "absent.pth")
-    with pytest.raises(EdgeError, match="ends in .onnx"): export_file(onnx_file.with_suffix(".pth"), tmp_path / "model.pb")
+    with pytest.raises(EdgeError, match="ends in .onnx"): export_file(onnx_file.with_suffix(""), tmp_path / "model.pb")
     assert [path.name for path in tmp_path.glob("*.onnx")] == []
 
 
 def test_a_failing_export_leaves_the_old_file(onnx_file, tmp_path, monkeypatch):
-    path, weights = tmp_path / "model.onnx", onnx_file.with_suffix(".pth")
-    path.write_bytes(b"the old one")
+    path, weights = tmp_path / "model.onnx", onnx_file.with_suffix("")
+    old = edge.SEAL + b"the old one"
+    path.write_bytes(old)
     wrong = edge.graph_bytes.__globals__["seal"](b"\x08\x0a", OnnxPredictor(onnx_file).card)
     good = onnx_file.read_bytes()
     graph = good[:good.index(b"r", good.rindex(edge.CARD_KEY.encode()) - 16)]
@@ -164,13 +167,29 @@ def test_a_failing_export_leaves_the_old_file(onnx_file, tmp_path, monkeypatch):
             patch.setattr(edge, name, replacement)
             if name == "atomic_write": patch.setattr(edge, "graph_bytes", lambda *_: graph)
             with pytest.raises(EdgeError, match=message): export_file(weights, path)
-        assert path.read_bytes() == b"the old one" and len(list(tmp_path.iterdir())) == 1
+        assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_export_is_named_by_adding_and_replaces_only_exports(onnx_file, tmp_path, monkeypatch):
+    weights = onnx_file.with_suffix("")
+    assert onnx_file.name == "model.pth.onnx" and weights.name == "model.pth"
+    foreign = tmp_path / "foreign.onnx"
+    foreign.write_bytes(b"\x08\x07somebody else's network")
+    with monkeypatch.context() as patch:
+        patch.setattr(edge, "graph_bytes", lambda *_: pytest.fail("it was exported before it was refused"))
+        with pytest.raises(GroceryError, match="exists and is no ONNX model of this program"): export_file(weights, foreign)
+        with pytest.raises(GroceryError, match="is a folder"): export_file(weights, tmp_path)
+        (tmp_path / "w.onnx").write_bytes(weights.read_bytes())
+        with pytest.raises(GroceryError, match="meets the weights"): export_file(tmp_path / "w.onnx", tmp_path / "w.onnx")
+    assert foreign.read_bytes() == b"\x08\x07somebody else's network"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert edge.export_place("~/made/new.onnx") == tmp_path / "made" / "new.onnx"
 
 
 def test_every_damage_is_found(onnx_file, tmp_path):
     good, path = onnx_file.read_bytes(), tmp_path / "model.onnx"
     bad = [b"", b"\0", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", good + b"\0", good + good, good[::-1],
-           onnx_file.with_suffix(".pth").read_bytes(), bytes(len(good)), good[1:], good[len(edge.SEAL) + 64:]]
+           onnx_file.with_suffix("").read_bytes(), bytes(len(good)), good[1:], good[len(edge.SEAL) + 64:]]
     bad += [good[:n] for n in (1, 63, 64, 90, 1000, len(good) // 2, len(good) - 65, len(good) - 64, len(good) - 1)]
     for place in [*np.random.default_rng(0).integers(0, len(good), 40), 0, len(good) - 1, len(good) - 64, len(good) - 70]:
         flipped = bytearray(good)
@@ -292,10 +311,10 @@ def test_answers_at_the_edges(onnx_file):
 
 def test_cards_travel_whole(onnx_file):
     from grocery_nb.model_utils import read_card
-    card = edge_card(read_card(onnx_file.with_suffix(".pth")))
+    card = edge_card(read_card(onnx_file.with_suffix("")))
     assert card == OnnxPredictor(onnx_file).card and edge.edge_card_from_json(edge_card_to_json(card)) == card
     assert seal(b"", card).startswith(b"r") and card.created.endswith("+00:00")
-    assert card.weights_sha256 == hashlib.sha256(onnx_file.with_suffix(".pth").read_bytes()).hexdigest()
+    assert card.weights_sha256 == hashlib.sha256(onnx_file.with_suffix("").read_bytes()).hexdigest()
 
 
 WITHOUT_TORCH = """

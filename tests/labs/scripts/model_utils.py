@@ -1,0 +1,1 @@
+from grocery_nb.model_utils import *

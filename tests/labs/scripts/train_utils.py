@@ -1,0 +1,1 @@
+from grocery_nb.train_utils import *
