@@ -77,7 +77,7 @@ def measure(
     from grocery_nb.data_utils import CachedDataset, Preprocessing, create_dataloader
     from grocery_nb.analysis.hierarchy import evaluate_hierarchy
     from grocery_nb.analysis.scores import evaluate_logits
-    from grocery_nb.model_utils import load_model
+    from grocery_nb.training.model_files import load_model
     from grocery_nb.train_utils import predict
     model = load_model(None, model_path)
     card = model.card
@@ -174,7 +174,7 @@ def page_for(
 ) -> Path: # Beside the weights
     "The page of a measurement: one for the photos that the card speaks of, and one each for other photos"
     from grocery_nb.catalog import data_digest, load_split
-    from grocery_nb.model_utils import read_card
+    from grocery_nb.training.model_files import read_card
     card = read_card(model_path)
     root = data_folder(card, model_path, data)
     load_split(root, split)

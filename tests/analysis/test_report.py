@@ -152,11 +152,11 @@ def test_curves_take_what_there_is():
 def test_two_phases_that_both_count_from_one():
     rows = [dict(epoch=i, phase=phase, loss=1 / (i + later), lr=lr)
             for phase, later, lr in (("head", 0, 1e-2), ("body", 3, 1e-3)) for i in (1, 2, 3)]
-    charts = charts.learning_curves(rows)
-    assert [one["title"] for one in charts] == ["Loss", "Learning rate × 1,000"]
-    across = [x for x, _ in charts[0]["lines"][0]["points"]]
-    assert across == sorted(set(across)) and [name for _, name in charts[0]["marks"]] == ["body"]
-    assert across[2] < charts[0]["marks"][0][0] < across[3]
+    drawn = charts.learning_curves(rows)
+    assert [one["title"] for one in drawn] == ["Loss", "Learning rate × 1,000"]
+    across = [x for x, _ in drawn[0]["lines"][0]["points"]]
+    assert across == sorted(set(across)) and [name for _, name in drawn[0]["marks"]] == ["body"]
+    assert across[2] < drawn[0]["marks"][0][0] < across[3]
 
 
 def test_every_combination_of_sections_is_a_page(tmp_path):
