@@ -61,8 +61,8 @@ def test_notebook_keeps_the_budget(path):
 
 # Notebooks that have not been reworked for JupyterLab yet; must be empty in the end.
 NOT_REWORKED = {path.stem for path in NOTEBOOKS} & {
-    "01_catalog", "01a_pictures", "02_data", "03_model", "03a_checkpoints", "04_training", "04a_transfer",
-    "06_run_training", "08_edge", "08a_uploads", "08b_batching", "08c_operations", "08d_service", "09_backend", "10_frontend",
+    "01_catalog", "02a_pictures", "02_data", "03_model",
+    "06_run_training",
     "90_core", "91_cli"}
 
 
