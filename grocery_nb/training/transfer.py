@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/04j_transfer.ipynb #c0dbd038
 from ..core import atomic_path, needs
-from ..model_utils import split_head
+from .backbones import split_head
 from .backbones import set_momentum
 from .checkpoints import CheckpointFolder, check_same
 from .judging import predict
