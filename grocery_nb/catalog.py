@@ -336,8 +336,8 @@ def index_of(
     "Where a split's index stands; `DataError` names the splits that are there if this one is not"
     found = splits_in(root)
     if split not in found:
-        raise DataError(f"The split {split!r} is not in {Path(root).name}; there {'is' if len(found) == 1 else 'are'} "
-                        f"{' and '.join(found)}")
+        raise DataError(f"The split {split!r} is not in {Path(root).resolve().name}; there {'is' if len(found) == 1 else 'are'} "
+                        f"{' and '.join(found)}: choose another split, or write a {split}.txt with rows of path, fine, coarse")
     return Path(root)/f"{split}.txt"
 
 # %% ../nbs/01_catalog.ipynb #0839e1fb
@@ -537,10 +537,12 @@ def validate_dataset(
 ) -> ValidationReport: # Its `.ok` is true if there is no error
     "Check every row and every file of a data set; `DataError` only if a folder or a split that was asked for is not there"
     root, problems, listed, counts = Path(root), [], {}, {}
-    for split in splits or splits_in(root): index_of(root, split)
+    splits = splits_in(root) if splits is None else splits
+    if not splits: raise DataError("No split is named, so that there is nothing to check; leave them out for all")
+    for split in splits: index_of(root, split)
     try: classes = classes_beside(root/"train.txt")
     except DataError as e: classes, problems = None, [Problem("error", "unreadable classes", "", None, "classes.csv", str(e))]
-    for split in splits or splits_in(root):
+    for split in splits:
         listed[split], found = row_problems(root, split, classes)
         problems += found
     seen = inspect_images(root, list(dict.fromkeys(item.path for items in listed.values() for item in items)))
@@ -589,18 +591,19 @@ def verify_digests(
     digests:"dict[str, str]"=DIGESTS, # What each must be
 ) -> "dict[str, str]": # {name: digest} of what was verified
     "Check that a folder holds the published data set; `DataError` names the first part that differs"
-    for name in ("classes.csv", *(splits or splits_in(root))):
+    names = ("classes.csv", *(splits_in(root) if splits is None else splits))
+    for name in names:
         found = split_digest(root, name)
         if found != digests.get(name):
-            raise DataError(f"{name} in {Path(root).name} is not the published one (digest {found[:12]}... and not "
+            raise DataError(f"{name} in {Path(root).resolve().name} is not the published one (digest {found[:12]}... and not "
                             f"{digests.get(name, 'known')[:12]}...); remove that folder and download it again")
-    return {name: digests[name] for name in ("classes.csv", *(splits or splits_in(root)))}
+    return {name: digests[name] for name in names}
 
 # %% ../nbs/01_catalog.ipynb #7d1361a6
 def data_digest(
     csv:"str|Path", # An index
 ) -> str: # 64 hexadecimal digits
-    "The digest of an index and of the files that it lists; `DataError` if one of them cannot be read"
+    "The identity of a split: its index (paths and labels) and every byte of its photos (2,640: half a second); `DataError` if one cannot be read"
     items, folder = read_index(csv), Path(csv).parent
     try: lines = digest_lines(folder, sorted({item.path for item in items}))
     except OSError as e:
@@ -815,7 +818,8 @@ def download(
     progress:bool=True, # Whether to show a bar
 ) -> Path: # The folder
     "Fetch the real photos unless they are there; `DataError` without a network, for wrong contents, or for a full disk"
-    target = Path(root).expanduser().resolve() if root else cache_dir()/"grocery-store"
+    target = cache_dir()/"grocery-store" if root is None else user_path(root).resolve()
+    if not splits: raise DataError(f"No split is named, so that there is nothing to download; choose from {', '.join(SPLITS)}")
     unknown = set(splits) - set(digests)
     if unknown: raise DataError(f"There is no split {sorted(unknown)[0]!r} to download; choose from {', '.join(SPLITS)}")
     if target.exists() and not target.is_dir(): raise DataError(f"{target} is a file; name a folder for the photos")

@@ -201,7 +201,7 @@ def serve_command(
 ):
     "Serve a model over HTTP until Ctrl-C or SIGTERM, and with --ui the page beside it"
     from grocery_nb.backend import serve
-    from grocery_nb.operations import load_settings
+    from grocery_nb.serving.operations import load_settings
     flags = {"model_path": options.model, "host": options.host, "port": options.port, "log_level": "ERROR" if options.quiet else None}
     settings = load_settings(**{name: value for name, value in flags.items() if value is not None})
     if not options.ui: return serve(settings)
@@ -214,7 +214,7 @@ class SettingsHelp(argparse.Action):
     def __init__(self, option_strings, dest, **more): super().__init__(option_strings, dest, nargs=0, **more)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from grocery_nb.operations import describe_settings
+        from grocery_nb.serving.operations import describe_settings
         parser.exit(message=f"{parser.format_help()}\nvariables of the environment (name, default, meaning):\n{describe_settings()}\n")
 
 # %% ../nbs/91_cli.ipynb #9c920fed

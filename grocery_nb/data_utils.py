@@ -18,6 +18,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,11 @@ from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .catalog import CLASSES_CSV, DATA_DIR, TRAIN_CSV, VAL_CSV, DataError, data_digest, get_classes, index_of, read_index, short
-from .core import GroceryError, atomic_path, atomic_write, cache_dir, needs, sha256_file
-from .pictures import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, crop, normalize, open_image, photo_fault, to_rgb, upright
+from .catalog import (
+    CLASSES_CSV, DATA_DIR, TRAIN_CSV, VAL_CSV, DataError, data_digest, data_dir, data_set_in, get_classes, index_of, read_index, short)
+from .core import GroceryError, atomic_path, atomic_write, cache_dir, needs, sha256_file, user_path
+from .data.pictures import (
+    IMAGENET_MEAN, IMAGENET_STD, Preprocessing, crop, normalize, open_image, photo_fault, to_rgb, upright)
 
 # %% ../nbs/02_data.ipynb #3918b8fe
 with needs("train"):
@@ -72,12 +75,12 @@ class GroceryDataset(Dataset):
     takes_epoch = True # An index may be (epoch, index), as `EpochSampler` yields it
 
     def __init__(self,
-        csv:"str|Path", # train.txt, val.txt, or any CSV with the columns path, fine, coarse
+        csv_file:"str|Path", # train.txt, val.txt, or any CSV with the columns path, fine, coarse
         transform=None, # From an image to a tensor; None hands out the image itself
         label:str="coarse", # "fine" or "coarse"
     ):
-        self.csv, self.transform, self.label = Path(csv), transform, label
-        self.items = read_index(csv)
+        self.csv, self.transform, self.label = Path(csv_file), transform, label
+        self.items = read_index(csv_file)
         self.classes = get_classes(self.csv.parent/"classes.csv", label)
         self.labels = np.array([getattr(item, label) for item in self.items], dtype=np.int64)
 
@@ -96,8 +99,8 @@ def load_dataset(
     transform=transform, # From an image to a tensor; None hands out images
 ) -> GroceryDataset: # Ready to be indexed
     "Check a folder or file and open it as a dataset; `DataError` says what is not there"
-    csv = index_of(path, split) if Path(path).is_dir() else Path(path)
-    return GroceryDataset(csv, transform, label)
+    path = data_set_in(user_path(path))
+    return GroceryDataset(index_of(path, split) if path.is_dir() else path, transform, label)
 
 # %% ../nbs/02_data.ipynb #e71dbada
 def random_bits(
@@ -156,12 +159,19 @@ def uniforms(
 # %% ../nbs/02_data.ipynb #3c0a48ee
 @dataclass(frozen=True)
 class Augmentation:
-    "How far a training photo may be changed"
-    min_area: float = 0.4 # Smallest share of the photo that a crop keeps
-    max_ratio: float = 4/3 # Largest stretch of a crop, in either direction
-    flip: float = 0.5 # How often it is mirrored
-    light: float = 0.2 # Brightness changes by at most this share
-    tint: float = 0.05 # Each channel changes by at most this share
+    "How far a training photo may be changed; `DataError` for a number out of range"
+    min_area: float = 0.4 # Smallest share of the photo that a crop keeps, above 0
+    max_ratio: float = 4/3 # Largest stretch of a crop, in either direction, at least 1
+    flip: float = 0.5 # How often it is mirrored, 0 to 1
+    light: float = 0.2 # Brightness changes by at most this share, 0 to 1
+    tint: float = 0.05 # Each channel changes by at most this share, 0 to 1
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            low, high = (1, math.inf) if name == "max_ratio" else (0, 1)
+            if not isinstance(value, (int, float)) or not low <= value <= high or value == math.inf or name == "min_area" and value == 0:
+                raise DataError(f"{name} is {value!r}; give a number from {low} on" + (" to 1" if high == 1 else "") +
+                                (", but not 0" if name == "min_area" else ""))
 
 # %% ../nbs/02_data.ipynb #46205fff
 def crop_box(
@@ -327,17 +337,17 @@ def in_threads(
 class CachedDataset(GroceryDataset):
     "A `GroceryDataset` whose photos were decoded once: items and whole batches from the pixel cache, ready for a network"
     def __init__(self,
-        csv:"str|Path", # train.txt, val.txt, or any CSV with the columns path, fine, coarse
+        csv_file:"str|Path", # train.txt, val.txt, or any CSV with the columns path, fine, coarse
         preprocessing:Preprocessing=Preprocessing(), # Sizes and normalisation
         label:str="coarse", # "fine" or "coarse"
         augment:"bool|Augmentation"=False, # True, or how far to go, for training
         seed:int=0, # Of the augmentation
         progress:bool=False, # Show a bar while the cache is built
     ):
-        super().__init__(csv, None, label)
+        super().__init__(csv_file, None, label)
         self.preprocessing, self.seed = preprocessing, seed
-        self.recipe = Augmentation() if augment is True else augment or None
-        pixels = pixel_cache(csv, preprocessing, progress)
+        self.recipe = Augmentation() if augment is True else None if augment is False else augment
+        pixels = pixel_cache(csv_file, preprocessing, progress)
         self.path, self.shape = Path(pixels.filename), pixels.shape
 
     def pixels(self):
@@ -375,6 +385,8 @@ def create_dataloader(
     shard:tuple=(0, 1), # (rank, processes), if several processes train together and each loads its part of a batch
 ) -> DataLoader: # Yields (images, labels); its `sampler` has `set_epoch` and `skip`
     "Batches in an order that depends on seed and epoch only; `DataError` for a batch size or worker count that cannot work"
+    for name, value in {"batch_size": batch_size, "num_workers": num_workers, "seed": seed}.items():
+        if not isinstance(value, Integral): raise DataError(f"{name} is {value!r}; give a whole number")
     if batch_size < 1: raise DataError(f"batch_size is {batch_size}; a batch needs at least 1 image")
     if num_workers < 0: raise DataError(f"num_workers is {num_workers}; use 0 for none, or how many processes shall help")
     if batch_size % shard[1]: raise DataError(f"batch_size is {batch_size}, which {shard[1]} processes cannot share; make it a multiple of {shard[1]}")
@@ -386,7 +398,7 @@ def create_dataloader(
 # %% ../nbs/02_data.ipynb #2138783b
 def get_loaders(
     batch_size:int=32, # Images a batch
-    root:"str|Path|None"=None, # The folder of a data set; None takes `DATA_DIR`
+    root:"str|Path|None"=None, # mini, grocery, or a folder; None takes `DATA_DIR`
     label:str="coarse", # "fine" or "coarse"
     preprocessing:Preprocessing=Preprocessing(), # Sizes and normalisation
     seed:int=0, # Of order and augmentation
@@ -397,7 +409,8 @@ def get_loaders(
     train_preprocessing:"Preprocessing|None"=None, # Of the training photos, if it is to be another
 ) -> "tuple[DataLoader, DataLoader]": # For training and for validation
     "The two loaders of a training; `DataError` if a split is not there or a photo cannot be used"
-    train_csv, val_csv = (index_of(DATA_DIR if root is None else root, split) for split in ("train", "val"))
-    train = CachedDataset(train_csv, train_preprocessing or preprocessing, label, augment, seed, progress)
+    folder = DATA_DIR if root is None else data_dir(root, progress)
+    train_csv, val_csv = (index_of(folder, split) for split in ("train", "val"))
+    train = CachedDataset(train_csv, preprocessing if train_preprocessing is None else train_preprocessing, label, augment, seed, progress)
     val = CachedDataset(val_csv, preprocessing, label, progress=progress)
     return create_dataloader(train, batch_size, True, seed, num_workers, shard), create_dataloader(val, batch_size, False, seed, num_workers)

@@ -37,7 +37,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     "A folder with model.pth and model.onnx, of random weights"
-    from serving import make_models
+    from servers import make_models
     return make_models(tmp_path_factory.mktemp("models"))
 
 

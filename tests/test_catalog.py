@@ -13,7 +13,7 @@ from PIL import Image
 
 from grocery_nb import catalog
 from grocery_nb.catalog import (
-    DIGESTS, DataError, data_digest, data_dir, get_classes, load_split, read_classes, read_index, split_digest,
+    DIGESTS, DataError, data_digest, data_dir, download, get_classes, load_split, read_classes, read_index, split_digest,
     validate_dataset, verify_digests,
 )
 
@@ -226,6 +226,19 @@ def test_folder_without_a_data_set(tmp_path):
     for folder, words in ((tmp_path, "has no train.txt"), (tmp_path / "none", "does not exist")):
         for ask in (lambda: load_split(folder, "train"), lambda: validate_dataset(folder), lambda: verify_digests(folder)):
             with pytest.raises(DataError, match=words): ask()
+
+
+def test_no_split_is_not_all_of_them(shop, tmp_path):
+    ours = {name: split_digest(shop, name) for name in ("classes.csv", "train", "val")}
+    assert verify_digests(shop, [], ours) == {"classes.csv": ours["classes.csv"]}
+    with pytest.raises(DataError, match="No split is named"): validate_dataset(shop, [])
+    with pytest.raises(DataError, match="No split is named"): download(tmp_path / "none", splits=())
+
+
+def test_a_folder_is_called_by_its_name_from_inside_too(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    with pytest.raises(DataError, match="'test' is not in shop; there are train and val"): load_split(".", "test")
+    with pytest.raises(DataError, match="classes.csv in shop is not the published one"): verify_digests(".")
 
 
 def test_sources(shop, monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from grocery_nb.catalog import DataError
 from grocery_nb.core import GroceryError
 from grocery_nb.data_utils import (
-    CachedDataset, EpochSampler, GroceryDataset, Preprocessing, cache_file, create_dataloader, get_loaders, load_dataset,
+    Augmentation, CachedDataset, EpochSampler, GroceryDataset, Preprocessing, cache_file, create_dataloader, get_loaders, load_dataset,
     make_transform, open_image, pad_collate, perm, pixel_cache, transform,
 )
 
@@ -112,6 +112,72 @@ def test_impossible_loader(shop, batch_size, workers):
 def test_load_dataset_takes_folder_or_index(shop):
     assert len(load_dataset(shop)) == 9 and len(load_dataset(shop, "val")) == len(load_dataset(shop / "val.txt")) == 3
     with pytest.raises(DataError, match="'test' is not in shop"): load_dataset(shop, "test")
+
+
+def test_the_labs_calls(shop, monkeypatch):
+    "By keyword and by position, with and without a transform; a dataset is a sequence, and the loaders need no argument"
+    from grocery_nb import data_utils
+    for dataset in (GroceryDataset(csv_file=shop / "val.txt", transform=None), GroceryDataset(csv_file=str(shop / "val.txt")),
+                    GroceryDataset(shop / "val.txt", None)):
+        assert len(dataset) == 3 and [(image.mode, label) for image, label in dataset] == [("RGB", 0), ("RGB", 0), ("RGB", 1)]
+    for dataset in (GroceryDataset(csv_file=shop / "val.txt", transform=transform), load_dataset(shop / "val.txt")):
+        for image, label in dataset: assert image.shape == (3, 224, 224) and type(label) is int
+    images, labels = next(iter(create_dataloader(dataset, 2, False)))
+    assert images.shape == (2, 3, 224, 224) and labels.tolist() == [0, 0]
+    monkeypatch.setattr(data_utils, "DATA_DIR", shop)
+    train, val = get_loaders()
+    assert [len(labels) for _, labels in train] == [9] and next(iter(val))[0].shape == (3, 3, 224, 224)
+
+
+def test_a_folder_a_clone_and_a_home(shop, tmp_path, monkeypatch):
+    shop.rename(tmp_path / "dataset")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for place in (tmp_path, tmp_path / "dataset", f"~/{tmp_path.name}"):
+        assert len(load_dataset(place)) == 9 and len(get_loaders(4, place, preprocessing=SMALL)[1]) == 1
+    assert len(load_dataset(f"~/{tmp_path.name}/dataset/val.txt")) == 3
+
+
+def test_photos_of_one_s_own(shop):
+    "What a folder may lack, in one sentence; a validation split of one photo is enough for a loader"
+    (shop / "val.txt").write_text("train/Lemon_0.png, 2, 1\n")
+    assert [len(labels) for _, labels in get_loaders(4, shop, preprocessing=SMALL)[1]] == [1]
+    (shop / "val.txt").write_text("")
+    with pytest.raises(DataError, match="shop/val.txt lists no images; write one row an image"): get_loaders(4, shop)
+    (shop / "val.txt").unlink()
+    with pytest.raises(DataError, match="'val' is not in shop; there is train: .*write a val.txt"): get_loaders(4, shop)
+    (shop / "train.txt").unlink()
+    (shop / "classes.csv").unlink()
+    with pytest.raises(DataError, match="has no train.txt, val.txt or test.txt"): get_loaders(4, shop)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("min_area", 0), ("min_area", -0.1), ("min_area", 1.5), ("max_ratio", 0.5), ("max_ratio", float("inf")), ("flip", 2), ("light", -1),
+    ("tint", float("nan")), ("light", "0.1"), ("flip", None)])
+def test_an_augmentation_that_cannot_be(field, value):
+    with pytest.raises(DataError, match=f"{field} is .*; give a number"): Augmentation(**{field: value})
+
+
+def test_an_explicit_zero_is_not_unset(shop):
+    calm = Augmentation(min_area=1, max_ratio=1, flip=0, light=0, tint=0)
+    recipe = CachedDataset(shop / "train.txt", SMALL, augment=calm).recipe
+    assert (recipe.flip, recipe.light, recipe.tint) == (0, 0, 0)
+    assert create_dataloader(CachedDataset(shop / "train.txt", SMALL), 4, seed=0).sampler.seed == 0
+
+
+@pytest.mark.parametrize("options", [dict(batch_size=2.5), dict(batch_size="4"), dict(num_workers=1.0), dict(seed=1.5)])
+def test_a_loader_counts_in_whole_numbers(options):
+    with pytest.raises(DataError, match="give a whole number"): create_dataloader([], **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_another_left_off(shop, workers):
+    "Second epoch, third batch: order and augmentation do not depend on what a loader, or its generator, has been through"
+    def make(): return create_dataloader(CachedDataset(shop / "train.txt", SMALL, augment=True), 2, shuffle=True, seed=3, num_workers=workers)
+    through, fresh = make(), make()
+    all_of_it = everything(through, epochs=3)
+    fresh.sampler.set_epoch(1)
+    fresh.sampler.skip = 2 * 2
+    assert same(all_of_it[5 + 2:], everything(fresh, epochs=2))
 
 
 def break_photo(path: Path, how: str):
