@@ -34,7 +34,7 @@ class Run:
     hierarchy:object # A `Hierarchy`, for a fine model; else None
     output:Path # The weights file
 
-# %% ../nbs/06_run_training.ipynb #4a6ad072
+# %% ../nbs/06_run_training.ipynb #727ffce8
 def check_network(
     options:argparse.Namespace, # Checked options; gets its `backbone` if a file of weights names it
 ) -> dict: # Keywords of `Preprocessing`
