@@ -68,8 +68,7 @@ def check_number(
 ):
     "Raise a `ModelError` unless a value is a finite number of a range"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    good = number and math.isfinite(value) and above < value <= up_to
-    if not good:
+    if not (number and math.isfinite(value) and above < value <= up_to):
         raise ModelError(f"{name} is {value!r}, where a number {'above 0' if above >= 0 else 'from 0 to 1'} belongs")
 
 # %% ../../nbs/03b_cards.ipynb #a106d50e
