@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Subset
 
 from grocery_nb.catalog import DataError
 from grocery_nb.core import GroceryError
+from grocery_nb.data.pixels import cache_file
 from grocery_nb.data_utils import (
-    Augmentation, CachedDataset, EpochSampler, GroceryDataset, Preprocessing, cache_file, create_dataloader, get_loaders, load_dataset,
+    Augmentation, CachedDataset, EpochSampler, GroceryDataset, Preprocessing, create_dataloader, get_loaders, load_dataset,
     make_transform, open_image, pad_collate, perm, pixel_cache, transform,
 )
 
