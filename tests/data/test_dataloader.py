@@ -359,7 +359,7 @@ def test_real_photos(photos):
 
 
 def build(csv, barrier, answers):
-    barrier.wait(60)
+    barrier.wait(240)
     pixels = pixel_cache(csv, SMALL)
     path = Path(pixels.filename)
     answers.put((path.name, path.stat().st_ino, int(pixels.sum(dtype=np.int64))))
@@ -371,7 +371,7 @@ def test_two_processes_build_once(shop, caches):
     barrier, answers = spawn.Barrier(2), spawn.Queue()
     processes = [spawn.Process(target=build, args=(shop / "train.txt", barrier, answers)) for _ in range(2)]
     for process in processes: process.start()
-    first, second = (answers.get(timeout=90) for _ in processes)
+    first, second = (answers.get(timeout=300) for _ in processes)
     for process in processes: process.join(30)
     assert [process.exitcode for process in processes] == [0, 0]
     assert first == second
