@@ -99,7 +99,7 @@ def reach_ours(data):
     from grocery_nb.data_utils import Preprocessing, get_loaders
     from grocery_nb.model_utils import create_model, preprocessing_for
     from grocery_nb.train_utils import Callback
-    from grocery_nb.transfer import train_probe
+    from grocery_nb.training.transfer import train_probe
 
     class Stop(Callback):
         def on_epoch(self, training, record):

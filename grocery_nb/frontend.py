@@ -34,10 +34,7 @@ class RequestError(GroceryError):
         self.code, self.retry_after = code, retry_after
 
 # %% ../nbs/10_frontend.ipynb #284ebc3e
-def no_response(
-    error:requests.RequestException, # As `requests` raised it
-    url:str, # The backend's address
-)->RequestError: # To be raised
+def no_response(error:requests.RequestException, url:str)->RequestError: # To be raised
     "What it means for people that a request ended without a response"
     if isinstance(error, (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema,
                           requests.exceptions.InvalidURL)):
@@ -59,20 +56,15 @@ def foreign(url:str, what:str)->RequestError: # To be raised
                                    "set API_URL to the backend's address.")
 
 # %% ../nbs/10_frontend.ipynb #f880aea2
-def refusal(
-    response:requests.Response, # One with a status of 400 or more
-    url:str, # The backend's address
-)->RequestError: # To be raised
-    "The error that a response speaks of; code `foreign` if it does not speak as the backend does"
+def refusal(response:requests.Response, url:str)->RequestError: # To be raised
+    "The error that a response of 400 or more speaks of; code `foreign` if it is not the backend's"
     try: code, message = (str(response.json()["error"][key]) for key in ("code", "message"))
     except (ValueError, KeyError, TypeError): return foreign(url, f"status {response.status_code}")
     wait = response.headers.get("Retry-After", "")
     return RequestError(code, message, float(wait) if wait.isdecimal() else None)
 
 # %% ../nbs/10_frontend.ipynb #ad4199c4
-def address(
-    api_url:"str|None"=None, # As given; None: API_URL
-)->str: # Without a slash at its end
+def address(api_url:"str|None"=None)->str: # None: API_URL. Without a slash at its end
     "The backend's address; an empty one is a wrong one, and no order to ask elsewhere"
     return (API_URL if api_url is None else api_url).rstrip("/")
 
@@ -92,10 +84,7 @@ def call(
     return response
 
 # %% ../nbs/10_frontend.ipynb #747d9bfb
-def json_answer(
-    response:requests.Response, # One that succeeded
-    key:str, # Which its JSON object must have
-)->dict: # The whole object
+def json_answer(response:requests.Response, key:str)->dict: # The whole object, which has the key
     "The JSON of a response; a RequestError with code `foreign` if no backend would say that"
     try: found = response.json()
     except ValueError: found = None
@@ -119,8 +108,8 @@ def image_part(image_bytes:bytes)->dict: # For the argument `files` of requests
 # %% ../nbs/10_frontend.ipynb #04ab4057
 def server_timing(header:str)->dict: # Milliseconds of each stage
     "The durations in a `Server-Timing` header (W3C Server Timing); what has none is left out"
-    return {name: float(value) for name, value in re.findall(r'([\w-]+)\s*;\s*dur="?([0-9.]*[0-9])',
-                                                             header)}
+    found = re.findall(r'([\w-]+)\s*;\s*dur="?([0-9.]*[0-9])', header)
+    return {name: float(value) for name, value in found}
 
 # %% ../nbs/10_frontend.ipynb #ab7a3089
 def predict_answer(
@@ -148,15 +137,13 @@ def get_class_names(api_url:"str|None"=None)->list: # Names in the order of thei
     return json_answer(call("GET", "/class-names", api_url), "classes")["classes"]
 
 # %% ../nbs/10_frontend.ipynb #d1fbb55b
-def get_status(api_url:"str|None"=None)->dict:
-    # {"state": ..., "message": ..., "model": dict or None}
+def get_status(api_url:"str|None"=None)->dict: # state, message, and model (a dict or None)
     "How the backend is: state `ready`, or the code of the error in the way; never raises"
     try:
         call("GET", "/readyz", api_url, timeout=(1, 2))
-        return {"state": "ready", "message": "", "model": json_answer(call("GET", "/model", api_url,
-                                                                           timeout=(1, 2)),
-                                                                      "version")}
+        model = json_answer(call("GET", "/model", api_url, timeout=(1, 2)), "version")
     except RequestError as e: return {"state": e.code, "message": str(e), "model": None}
+    return {"state": "ready", "message": "", "model": model}
 
 # %% ../nbs/10_frontend.ipynb #a0dd9898
 def flag_image(
@@ -209,9 +196,9 @@ def complete(
 )->dict: # The record, with an "answer" or a "problem"
     "Ask the backend about a picture that has no answer and no problem yet; never raises"
     if "answer" in picture or "problem" in picture: return picture
-    try: return {**picture, "answer": predict_answer(from_data_url(picture["url"]),
-                                                     api_url=api_url)}
+    try: answer = predict_answer(from_data_url(picture["url"]), api_url=api_url)
     except RequestError as e: return {**picture, "problem": problem(e)}
+    return {**picture, "answer": answer}
 
 # %% ../nbs/10_frontend.ipynb #1be31b56
 import socket
@@ -255,13 +242,13 @@ def show_status(
 )->tuple: # text, class name, facts
     "The head's line on the backend, and the panel's facts"
     if not status: return (no_update,)*3
-    if status["state"] == "ready":
-        return ["Ready", html.Span(f"model {status['model']['version'][:7]}",
-                                   className="wide")], "state ready", model_facts(status, api_url)
-    waiting = status["state"] in ("loading", "draining", "overloaded", "timeout")
-    facts = html.Div([html.P(status["message"], className="muted"), model_facts(status, api_url)])
-    return TITLES.get(status["state"],
-                      "The backend is not well"), "state wait" if waiting else "state bad", facts
+    facts, state = model_facts(status, api_url), status["state"]
+    if state == "ready":
+        version = html.Span(f"model {status['model']['version'][:7]}", className="wide")
+        return ["Ready", version], "state ready", facts
+    colour = "wait" if state in ("loading", "draining", "overloaded", "timeout") else "bad"
+    message = html.Div([html.P(status["message"], className="muted"), facts])
+    return TITLES.get(state, "The backend is not well"), f"state {colour}", message
 
 # %% ../nbs/10_frontend.ipynb #32d81df6
 def send_flag(
@@ -285,25 +272,27 @@ def add_picture_callbacks(
     limit:int, # Bytes that may be sent
 ):
     "From a way in to the picture on the page, and to its answer"
-    app.callback(Output("picture", "data"), Input("random", "n_clicks"), prevent_initial_call=True,
-                 running=[(Output("answer", "aria-busy"), "true",
-                           "false")])(lambda n_clicks: update_output(n_clicks, api_url))
-    app.callback(Output("result", "children"), Output("retry", "hidden"), Output("flag", "hidden"),
-                 Output("announcement", "children"),
-                 Output("prediction", "data"), Output("label", "value"), Output("note", "children"),
-                 Input("picture", "data"), prevent_initial_call=True,
-                 running=[(Output("answer", "aria-busy"), "true",
-                           "false")])(lambda picture: show_picture(picture, limit, api_url))
+    once = {"prevent_initial_call": True}
+    busy = {"running": [(Output("answer", "aria-busy"), "true", "false")], **once}
+
+    @app.callback(Output("picture", "data"), Input("random", "n_clicks"), **busy)
+    def random(n_clicks): return update_output(n_clicks, api_url)
+
+    @app.callback(Output("result", "children"), Output("retry", "hidden"), Output("flag", "hidden"),
+                  Output("announcement", "children"), Output("prediction", "data"),
+                  Output("label", "value"), Output("note", "children"), Input("picture", "data"),
+                  **busy)
+    def show(picture): return show_picture(picture, limit, api_url)
+
     app.clientside_callback(
         ClientsideFunction("grocery", "preview"), Output("preview", "src"),
-                            Output("preview", "hidden"), Output("preview", "alt"),
-        Output("hint", "hidden"), Output("unseen", "hidden"), Output("choose-title", "children"),
-                            Output("prediction", "data", allow_duplicate=True),
-        Input("picture", "data"), prevent_initial_call=True)
-    app.clientside_callback(ClientsideFunction("grocery", "retry"),
-                            Output("picture", "data", allow_duplicate=True),
-                            Input("retry", "n_clicks"), State("picture", "data"),
-                            prevent_initial_call=True)
+                            Output("preview", "hidden"),
+        Output("preview", "alt"), Output("hint", "hidden"), Output("unseen", "hidden"),
+        Output("choose-title", "children"), Output("prediction", "data", allow_duplicate=True),
+        Input("picture", "data"), **once)
+    app.clientside_callback(
+        ClientsideFunction("grocery", "retry"), Output("picture", "data", allow_duplicate=True),
+        Input("retry", "n_clicks"), State("picture", "data"), **once)
 
 # %% ../nbs/10_frontend.ipynb #9509debf
 def add_backend_callbacks(
@@ -316,9 +305,9 @@ def add_backend_callbacks(
         status = get_status(api_url)
         return no_update if status == before else status
 
-    app.callback(Output("state", "children"), Output("state", "className"),
-                 Output("model", "children"),
-                 Input("status", "data"))(lambda status: show_status(status, api_url))
+    @app.callback(Output("state", "children"), Output("state", "className"),
+                  Output("model", "children"), Input("status", "data"))
+    def state(status): return show_status(status, api_url)
 
     @app.callback(Output("class-names", "children"), Output("classes", "data"),
                   Input("status", "data"))
@@ -351,8 +340,7 @@ def picture_limit()->int: # Bytes
     "The largest picture that the backend takes, by `MAX_UPLOAD_BYTES`; may raise ServeError"
     value = os.environ.get("MAX_UPLOAD_BYTES") or str(10 << 20)
     if not value.isdecimal() or int(value) < 1024:
-        raise ServeError(f"MAX_UPLOAD_BYTES is {value!r}; set it to a number of bytes, at least "
-                         "1024")
+        raise ServeError(f"MAX_UPLOAD_BYTES is {value!r}; set it to a number of bytes from 1024 up")
     return int(value) - 512
 
 # %% ../nbs/10_frontend.ipynb #fc6dc9e7
@@ -360,8 +348,7 @@ def create_ui(api_url:"str|None"=None)->Dash: # Its `server` is a WSGI applicati
     "The page as a Dash app, which speaks to the backend and to nobody else; may raise ServeError"
     api_url, max_bytes = address(api_url), picture_limit()
     app = Dash("grocery_nb.frontend", assets_folder=str(ASSETS), title="What is in the picture?",
-               update_title=None, index_string=frame(),
-               health_endpoint="livez")
+               update_title=None, index_string=frame(), health_endpoint="livez")
     # a picture in base64 and what goes with it
     app.server.config["MAX_CONTENT_LENGTH"] = 2*max_bytes + (1 << 20)
     app.layout = layout(max_bytes)
@@ -384,8 +371,8 @@ def make_ui_server(
     api_url:"str|None"=None, # The backend's address; None: API_URL
 ): # A werkzeug server: `serve_forever()`, `shutdown()`, `port`
     "A server for the page, listening but not yet answering; ServeError if the port is taken"
-    try: listener = socket.create_server((host, port),
-                                         family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try: listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as e:
         why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno and e.errno > 0 else e
         raise ServeError(f"The page cannot be served at {host}, port {port} ({why}); choose "

@@ -120,7 +120,7 @@ def fit(
 ) -> list: # The history
     "Train as the recipe says: the whole network, its last layer, or one after the other"
     from grocery_nb.train_utils import train_model
-    from grocery_nb.transfer import finetune, train_probe
+    from grocery_nb.training.transfer import finetune, train_probe
     steps = dict(epochs=options.epochs, lr=options.learning_rate, progress=not options.quiet)
     steps |= {**keeping(options, loaders), **recipe_settings(options, model, loaders[0].dataset)}
     if options.recipe == "scratch": return train_model(model, loaders[0], val_loader=loaders[1], **steps)

@@ -1,6 +1,6 @@
 """A training that is killed: a process of its own, `kill -9` at random moments, and what must be true afterwards.
 
-Used by tests/test_resume.py (a few kills) and by benchmarks/run.py (a hundred). The processes come from a fork server that has
+Used by tests/training/test_resume.py (a few kills) and by benchmarks/run.py (a hundred). The processes come from a fork server that has
 imported torch already, so that a start takes milliseconds and the kills fall into the training and not into its imports.
 """
 import hashlib
@@ -47,7 +47,7 @@ def server():
 
 def check_whole(checkpoints: Path) -> int:
     "Every file that bears a checkpoint's name can be read; returns how many there were"
-    from grocery_nb.checkpoint import read_state
+    from grocery_nb.training.states import read_state
     files = sorted(checkpoints.glob("*.pt"))
     for file in files: read_state(file)
     return len(files)

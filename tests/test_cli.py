@@ -187,7 +187,7 @@ def test_model_without_a_card(here, trained, tmp_path):
 
 
 def test_unfinished_training_is_not_overwritten(here, tiny, caches, tmp_path):
-    from grocery_nb.checkpoint import CheckpointFolder
+    from grocery_nb.training.checkpoints import CheckpointFolder
     assert here("train", "--data", tiny, *QUICK).returncode == 0
     path, state = CheckpointFolder(tmp_path / "model.checkpoints").newest()
     CheckpointFolder(tmp_path / "model.checkpoints").save({**state, "finished": False}, state["total_steps"] + 1)

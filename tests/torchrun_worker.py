@@ -1,4 +1,4 @@
-"""Started by torchrun in tests/test_torchrun.py: train on this process's part of every batch, and have process 0 write the weights."""
+"""Started by torchrun in tests/training/test_torchrun.py: train on this process's part of every batch, and have process 0 write the weights."""
 import sys
 from pathlib import Path
 

@@ -175,9 +175,8 @@ def plain_file(
     line = b"--" + form[1]
     head, _, rest = body.partition(b"\r\n\r\n")
     data, end, after = rest.partition(b"\r\n" + line)
-    plain = head.startswith(line + b"\r\n") and HEAD.fullmatch(head, len(line)+2) and end and after in (b"--\r\n",
-                                                                                                        b"--")
-    return data if plain else None
+    begun = head.startswith(line + b"\r\n") and HEAD.fullmatch(head, len(line)+2)
+    return data if begun and end and after in (b"--\r\n", b"--") else None
 
 # %% ../../nbs/09h_forms.ipynb #dacd25fb
 def replayed(

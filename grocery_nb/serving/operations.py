@@ -117,21 +117,21 @@ CODES = {  # code: (status, when)
     "damaged_image": (400, "The picture is cut short or damaged"),
     "unauthorized": (401, "The token is missing or wrong"),
     "forbidden": (403, "Nobody may do this here, or the path lies outside the model folder"),
-    "not_found": (404, "There is no such address"), "no_data": (404,
-                                                                "There is no validation set to choose a picture from"),
+    "not_found": (404, "There is no such address"),
+    "no_data": (404, "There is no validation set to choose a picture from"),
     "method_not_allowed": (405, "The address does not know this method"),
     "slow_upload": (408, "The body did not arrive before the deadline"),
     "too_large": (413, "The body has too many bytes"), "too_many_pixels": (413, "The picture has too many pixels"),
     "unsupported_format": (415, "The picture's format is not accepted"),
-         "unknown_label": (422, "The label is no class of this model"),
+    "unknown_label": (422, "The label is no class of this model"),
     "invalid_request": (422, "A part of the request is missing or cannot be used"),
     "overloaded": (429, "The queue is full; come back after Retry-After seconds"),
     "headers_too_large": (431, "Too many or too long headers"),
     "internal": (500, "A mistake of the server; its log has more under the request id"),
     "loading": (503, "The model is being loaded; come back after Retry-After seconds"),
     "draining": (503, "The server is stopping; come back after Retry-After seconds"),
-    "deadline": (504, "No answer before the deadline"), "storage_full": (507,
-                                                                         "The folder for flagged pictures is full"),
+    "deadline": (504, "No answer before the deadline"),
+    "storage_full": (507, "The folder for flagged pictures is full"),
 }
 
 # %% ../../nbs/09c_operations.ipynb #fc039e2e
@@ -275,8 +275,8 @@ class Noted:
         route = scope["path"] if scope["path"] in self.routes() else "other"
         self.metrics.answered(route, status, seconds)
         fields = {"request_id": identity, "method": scope["method"], "route": route, "status": status}
-        self.log.info("request", extra={"fields": fields|{"ms": round(1000*seconds, 2),
-                                                          **scope["state"].get("fields", {})}})
+        more = {"ms": round(1000*seconds, 2), **scope["state"].get("fields", {})}
+        self.log.info("request", extra={"fields": fields|more})
 
 # %% ../../nbs/09c_operations.ipynb #5a5c1d3a
 class Observed(Noted):

@@ -7,10 +7,9 @@ __all__ = ['SCHEDULES', 'PRECISIONS', 'SHARE', 'RECIPE_RULES', 'RULES', 'PROBE_I
            'check_setting', 'check_settings', 'read_setting', 'Recipe', 'balanced_weights', 'check_probe']
 
 # %% ../../nbs/04c_recipes.ipynb #8ced0bb5
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 

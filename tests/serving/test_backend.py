@@ -1,5 +1,6 @@
 """The backend over real HTTP, with both engines: its interface, its errors, and what it does when it is overrun, replaced or stopped"""
 import csv
+import os
 import re
 import signal
 import socket
@@ -450,3 +451,26 @@ def test_fuzzed_ten_thousand_times(server, tmp_path):
     assert sum(float(n) for n in re.findall(r"grocery_requests_total\{.*?\} ([\d.]+)", figures)) >= 10_000
     mistakes = set(re.findall(r'grocery_requests_total\{route="(.*)",status="(5\d\d)"\}', figures))
     assert {status for route, status in mistakes if route != "/readyz"} <= {"504"}  # /readyz was asked while the model was being loaded
+
+
+@pytest.mark.parametrize("command", [["fastapi", "run", "backend.py"], ["uvicorn", "grocery_nb.backend:app"]], ids=["fastapi run", "uvicorn"])
+def test_the_labs_commands_start_it(models, tmp_path, command):
+    "`fastapi run backend.py` where backend.py is one line, and uvicorn by the module's name"
+    (tmp_path / "backend.py").write_text("from grocery_nb.backend import app\n")
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    environment = {**os.environ, "MODEL_PATH": str(models / "model.onnx"), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([str(Path(sys.executable).with_name(command[0])), *command[1:], "--host", "127.0.0.1", "--port", str(port)],
+                                   cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200: break
+            except httpx.TransportError: pass
+            time.sleep(0.1)
+        assert httpx.get(f"http://127.0.0.1:{port}/class-names").json() == {"classes": CLASSES}
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -14,6 +14,7 @@ from servers import running
 
 from grocery_nb import frontend
 from grocery_nb.frontend import ASSETS, ServeError, make_ui_server
+from grocery_nb.serving import page as parts
 from grocery_nb.serving.page import BROWSER_PROBLEMS
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -62,7 +63,7 @@ def good_mood(request):
 @pytest.fixture(scope="module")
 def url(fake):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "SECONDS_BETWEEN_CHECKS", 0.3)  # five seconds are long for a test
+        patch.setattr(parts, "SECONDS_BETWEEN_CHECKS", 0.3)  # five seconds are long for a test
         with served(fake.url) as address: yield address
 
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from grocery_nb import checkpoint
-from grocery_nb.checkpoint import (STAMP, CheckpointError, CheckpointFolder, check_same, content_digest, load_checkpoint, portable,
-                                   random_state, read_state, restore_state, save_checkpoint, second_name, set_random_state,
-                                   training_state, write_state)
+from grocery_nb.training import checkpoints
+from grocery_nb.training.checkpoints import (
+    CheckpointFolder, check_same, load_checkpoint, restore_state, save_checkpoint, second_name, training_state)
+from grocery_nb.training.states import (
+    STAMP, CheckpointError, content_digest, portable, random_state, read_state, set_random_state, write_state)
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which Windows has not")
 
@@ -323,7 +324,7 @@ def test_kill_9_never_leaves_a_torn_checkpoint(tmp_path):
         time.sleep(dice.uniform(0.05, 0.4))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        leftover |= bool(checkpoint.leftovers(store.folder))
+        leftover |= bool(checkpoints.leftovers(store.folder))
         with store.lock(), warnings.catch_warnings():  # the lock of a killed process is free
             warnings.simplefilter("error")  # no file is damaged, so none is passed over
             for _, state in (store.newest(), store.best()): assert set(state["weight"].tolist()) == {state["step"]}, "a torn one"
@@ -333,7 +334,7 @@ def test_kill_9_never_leaves_a_torn_checkpoint(tmp_path):
         if kill >= 7 and last >= 5 and leftover: break
     assert last >= 5 and leftover, "too few saves, or no kill in the middle of one, for this to prove anything"
     store.save({"step": last + 1}, last + 1)
-    assert checkpoint.leftovers(store.folder) == []
+    assert checkpoints.leftovers(store.folder) == []
 
 
 # Reading

@@ -24,7 +24,7 @@ def test_a_hundred_kills(tiny, tmp_path):
 
 
 def test_the_check_sees_a_torn_checkpoint(tmp_path):
-    from grocery_nb.checkpoint import CheckpointError, write_state
+    from grocery_nb.training.states import CheckpointError, write_state
     from killed import check_whole
     file = write_state(tmp_path / "checkpoint-00000001.pt", {"step": 1})
     assert check_whole(tmp_path) == 1

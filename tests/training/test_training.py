@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import weights
-from grocery_nb.checkpoint import CheckpointError, CheckpointFolder
 from grocery_nb.core import GroceryError
 from grocery_nb.model_utils import create_model, load_model, save_model
-from grocery_nb.train_utils import (Callback, JsonLog, Recipe, TrainError, Training, evaluate_model, fastest_precision, mix_batch, predict,
-                                    train_epoch, train_model, validate)
+from grocery_nb.train_utils import (
+    Callback, JsonLog, Recipe, TrainError, evaluate_model, fastest_precision, predict, train_model, validate)
+from grocery_nb.training.checkpoints import CheckpointFolder
+from grocery_nb.training.loop import Training, train_epoch
+from grocery_nb.training.optimization import mix_batch
+from grocery_nb.training.states import CheckpointError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -354,9 +357,9 @@ def test_looking_at_the_last_batch_changes_nothing():
         train_model(model, DataLoader(Noisy(torch_dice()), size, shuffle=True, generator=torch_dice(4)), 2, 1e-2, progress=False, callbacks=[drawn])
         return weights(model), [r["loss"] for r in drawn.steps]
     with pytest.MonkeyPatch.context() as patch:
-        from grocery_nb import train_utils
+        from grocery_nb.training import running
         looked = go(7)  # 50 = 7*7 + 1
-        patch.setattr(train_utils, "check_last_batch", lambda training: None)
+        patch.setattr(running, "check_last_batch", lambda training: None)
         assert go(7) == looked
     assert train_model(shrinking(), DataLoader(coloured(33), 32), 1, progress=False, freeze_norm=True)
     assert train_model(shrinking(), DataLoader(coloured(33), 32, drop_last=True), 1, progress=False)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import weights
-from grocery_nb import transfer
-from grocery_nb.checkpoint import CheckpointError
 from grocery_nb.core import GroceryError
 from grocery_nb.data_utils import Preprocessing, get_loaders
 from grocery_nb.model_utils import create_model, load_model, save_model, split_head
 from grocery_nb.train_utils import Callback, TrainError, evaluate_model, predict, train_model
-from grocery_nb.transfer import extract_features, feature_key, finetune, folded, read_features, train_probe
+from grocery_nb.training import transfer
+from grocery_nb.training.states import CheckpointError
+from grocery_nb.training.transfer import extract_features, feature_key, finetune, folded, read_features, train_probe
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -299,7 +299,7 @@ def killed_inside(monkeypatch, name, folder, **options):
         tuned(checkpoints=folder, **options)
 
 
-@pytest.mark.parametrize("where", ["train_probe", "write_state", "train_model"])
+@pytest.mark.parametrize("where", ["train_probe", "write_state", "fit"])
 def test_killed_between_the_phases(where, tmp_path, monkeypatch):
     model, history = tuned()
     killed_inside(monkeypatch, where, tmp_path)
@@ -351,7 +351,7 @@ def test_finetune_on_real_loaders(loaders, classes, tmp_path):
 TWO_PROCESSES = """
 import sys
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 from test_transfer import Kill, told, tuned
 rank, folder = int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrun_worker import train
 
-WORKER = Path(__file__).with_name("torchrun_worker.py")
+WORKER = Path(__file__).parent.with_name("torchrun_worker.py")
 
 
 def torchrun(*arguments, timeout=240):
