@@ -91,7 +91,7 @@ def load_dataset(
     return GroceryDataset(index_of(path, split) if path.is_dir() else path, transform, label)
 
 # %% ../nbs/02_data.ipynb #a5400774
-def pad_collate(samples:list) -> "tuple[torch.Tensor, torch.Tensor]": # (B, 3, max H, max W), (B,) int64
+def pad_collate(samples:list) -> "tuple[torch.Tensor, torch.Tensor]": # (B, 3, H, W), (B,) int64
     "One batch of images of different sizes, padded with zeros; `DataError` for what is no tensor"
     images, labels = zip(*samples)
     if not all(isinstance(image, torch.Tensor) for image in images):

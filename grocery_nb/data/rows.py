@@ -192,9 +192,9 @@ def check_labels(
                         "correct the label or add the class")
     right = classes.coarse_of[item.fine]
     if item.coarse != right:
-        raise DataError(f"the coarse label {item.coarse} ({classes.coarse.get(item.coarse, 'no class')}) does not belong to "
-                        f"the fine label {item.fine} ({classes.fine[item.fine]}); write {right} ({classes.coarse[right]}), "
-                        "or correct the fine label")
+        raise DataError(f"the coarse label {item.coarse} ({classes.coarse.get(item.coarse, 'no class')}) does not belong "
+                        f"to the fine label {item.fine} ({classes.fine[item.fine]}); write {right} "
+                        f"({classes.coarse[right]}), or correct the fine label")
 
 # %% ../../nbs/01a_rows.ipynb #b39d3af5
 def parse_item(
@@ -270,8 +270,8 @@ def index_of(
     found = splits_in(root)
     if split not in found:
         there = f"there {'is' if len(found) == 1 else 'are'} {' and '.join(found)}"
-        raise DataError(f"The split {split!r} is not in {Path(root).resolve().name}; {there}: choose another split, or write "
-                        f"a {split}.txt with rows of path, fine, coarse")
+        raise DataError(f"The split {split!r} is not in {Path(root).resolve().name}; {there}: choose another split, or "
+                        f"write a {split}.txt with rows of path, fine, coarse")
     return Path(root)/f"{split}.txt"
 
 # %% ../../nbs/01a_rows.ipynb #0839e1fb

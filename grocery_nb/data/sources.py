@@ -63,5 +63,5 @@ def data_dir(
     if folder.is_dir(): return folder
     told = "The data source"
     if source in (None, "grocery"): told, source = "GROCERY_DATA_DIR", os.environ["GROCERY_DATA_DIR"]
-    raise DataError(f"{told} is {str(source)!r}, which is no folder; choose mini, grocery, or a folder with train.txt and "
-                    "classes.csv")
+    raise DataError(f"{told} is {str(source)!r}, which is no folder; choose mini, grocery, or a folder with train.txt "
+                    "and classes.csv")
