@@ -21,9 +21,9 @@ from .data.validation import Problem, ValidationReport, validate_dataset
 
 # %% ../nbs/01_catalog.ipynb #a89793cc
 _all_ = ["DIGESTS", "data_digest", "split_digest", "verify_digests", "download", "SPLITS",
-         "Classes", "DataError", "Item", "index_of", "load_split", "read_classes",
-         "read_index", "short", "splits_in", "SOURCES", "data_dir", "data_path", "data_set_in", "source_name", "Problem",
-         "ValidationReport", "validate_dataset"]
+         "Classes", "DataError", "Item", "index_of", "load_split", "read_classes", "read_index",
+         "short", "splits_in", "SOURCES", "data_dir", "data_path", "data_set_in", "source_name",
+         "Problem", "ValidationReport", "validate_dataset"]
 
 # %% ../nbs/01_catalog.ipynb #4b68a9ba
 DATA_DIR = data_path()

@@ -192,9 +192,9 @@ def check_labels(
                         "correct the label or add the class")
     right = classes.coarse_of[item.fine]
     if item.coarse != right:
-        raise DataError(f"the coarse label {item.coarse} ({classes.coarse.get(item.coarse, 'no class')}) does not belong "
-                        f"to the fine label {item.fine} ({classes.fine[item.fine]}); write {right} "
-                        f"({classes.coarse[right]}), or correct the fine label")
+        wrong, name = classes.coarse.get(item.coarse, "no class"), classes.fine[item.fine]
+        raise DataError(f"the coarse label {item.coarse} ({wrong}) does not belong to the fine label {item.fine} ({name}); "
+                        f"write {right} ({classes.coarse[right]}), or correct the fine label")
 
 # %% ../../nbs/01a_rows.ipynb #b39d3af5
 def parse_item(
