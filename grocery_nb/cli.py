@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import __version__
 from .core import GroceryError, add_loudness, beside, check_apart, check_ours, check_output, shell_command, user_path
-from .measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
+from .analysis.measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
 from .run_training import add_arguments, train
 
 # %% ../nbs/91_cli.ipynb #4e221282
@@ -107,7 +107,7 @@ def check_page(
     *models:Path, # The files of weights that are read
 ):
     "Refuse with a `GroceryError` a page that cannot be written, or would take the place of a model, a card or another file"
-    from grocery_nb.report import check_place
+    from grocery_nb.analysis.report import check_place
     if page is None: return
     read = {f"the {what} {model.name}": place for model in models for what, place in (("model", model), ("card of", beside(model, ".json")))}
     check_apart({"the page": page, **({} if len(models) > 1 and models[0] == models[1] else read)})

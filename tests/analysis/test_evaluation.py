@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from scipy.stats import bootstrap
 from sklearn import metrics as sk
 
 from conftest import random_case
-from grocery_nb import evaluation as ev
+from grocery_nb import evaluation
+from grocery_nb.analysis import calibration, comparison, hierarchy, intervals, metrics, scores
+from grocery_nb.analysis.comparison_page import disagreement_gallery
 from grocery_nb.core import GroceryError
-from grocery_nb.report import disagreement_gallery
+
+# One name for what the chapter hands on and the parts that it keeps to themselves.
+ev = SimpleNamespace(**{name: getattr(part, name) for part in (metrics, intervals, scores, hierarchy, calibration, comparison, evaluation) for name in part.__all__})
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -385,8 +390,8 @@ def test_robustness_rows():
     (lambda: ev.share_interval([0.5]), "type float64"),
     (lambda: ev.share_interval([[True]]), "shape (1, 1)"),
     (lambda: ev.share_interval(["yes"]), "give one True or False"),
-    (lambda: ev.coarse_logits([[1., 2.]], [0]), "1 fine classes are given, and the logits have 2"),
-    (lambda: ev.coarse_logits([[1., 2.]], {1: 0, 2: 0}), "each fine id from 0 to 1"),
+    (lambda: ev.coarse_logits([[1., 2.]], [0]), "1 fine classes are given for 2"),
+    (lambda: ev.coarse_logits([[1., 2.]], {1: 0, 2: 0}), "each fine id, from 0 to 1"),
     (lambda: ev.coarse_logits([[1., 2.]], [0, -1]), "coarse ids hold -1"),
     (lambda: ev.coarse_logits([[1., 2.]], [0, 0.5]), "coarse ids are of type float64"),
     (lambda: ev.coarse_logits([[1., 2.]], ["a", "b"]), "coarse ids are of type"),
@@ -494,7 +499,7 @@ def test_numbers_that_are_none_are_refused(call, words):
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_single_photo_is_evaluated_as_far_as_it_goes(label, tmp_path):
-    from grocery_nb.report import write_report
+    from grocery_nb.analysis.report import write_report
     logits = np.array([[3., 1., 0.]])
     e, h = ev.evaluate_logits(logits, [label]), ev.evaluate_hierarchy(logits, [label], [0, 0, 1])
     calibration, coverage = ev.evaluate_calibration(logits, [label], None, otherwise=1.0), ev.coverage_curve(logits, [label])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grocery_nb import measuring
+from grocery_nb.analysis import measuring
 from grocery_nb.core import GroceryError
 from grocery_nb.synthetic import make_dataset
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from conftest import random_case
 from grocery_nb import evaluation as ev
-from grocery_nb import report
+from grocery_nb.analysis import charts, comparison_page, report
 from grocery_nb.core import GroceryError
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -54,7 +54,7 @@ def everything(seed: int = 1) -> dict:
 def two_models(strength_a: float = 2.3, strength_b: float = 2.6, names=None, pictures: int = 8) -> dict:
     "All that write_comparison takes"
     (a, labels, _), (b, _, _) = realistic(1, strength_a), realistic(2, strength_b)
-    shown = report.disagreement_gallery(a, b, labels, names, lambda row: np.full((40, 60, 3), row % 256, np.uint8), limit=pictures)
+    shown = comparison_page.disagreement_gallery(a, b, labels, names, lambda row: np.full((40, 60, 3), row % 256, np.uint8), limit=pictures)
     return dict(a=ev.evaluate_logits(a, labels, names), b=ev.evaluate_logits(b, labels, names), disagreements=shown,
                 mcnemar=ev.mcnemar(ev.topk_hits(a, labels), ev.topk_hits(b, labels)),
                 calibrations=[ev.evaluate_calibration(one, labels) for one in (a, b)])
@@ -90,10 +90,10 @@ def test_thumbnails_are_upright_small_and_anonymous():
     exif[0x0112], exif[0x010F] = 6, "Maker of the phone"
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG", exif=exif)
-    uri = report.thumbnail(Image.open(buffer))
+    uri = charts.thumbnail(Image.open(buffer))
     again = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert again.size == (112, 224) and not again.getexif()
-    for mode in ("L", "P", "RGBA", "CMYK", "I;16"): assert report.thumbnail(Image.new(mode, (10, 10))).startswith("data:image/jpeg")
+    for mode in ("L", "P", "RGBA", "CMYK", "I;16"): assert charts.thumbnail(Image.new(mode, (10, 10))).startswith("data:image/jpeg")
 
 
 def hostile_report(folder: Path) -> Path:
@@ -110,9 +110,9 @@ def hostile_report(folder: Path) -> Path:
 def hostile_comparison(folder: Path) -> Path:
     logits, labels = random_case(2, classes=4, photos=60, absent=1)
     names, other = [HOSTILE, "plain", "</style></table>", "never seen"], logits[:, ::-1].copy()
-    shown = report.disagreement_gallery(logits, other, labels, names, lambda row: Image.new("RGB", (32, 32)), [HOSTILE] * 60, limit=4)
+    shown = comparison_page.disagreement_gallery(logits, other, labels, names, lambda row: Image.new("RGB", (32, 32)), [HOSTILE] * 60, limit=4)
     pairs = ev.mcnemar(ev.topk_hits(logits, labels), ev.topk_hits(other, labels))
-    return report.write_comparison(folder / "hostile.html", *(ev.evaluate_logits(z, labels, names) for z in (logits, other)), pairs,
+    return comparison_page.write_comparison(folder / "hostile.html", *(ev.evaluate_logits(z, labels, names) for z in (logits, other)), pairs,
                                    (HOSTILE, HOSTILE + "2"), {HOSTILE: HOSTILE}, shown, HOSTILE)
 
 
@@ -136,27 +136,27 @@ def test_old_report_stays_when_a_new_one_fails(tmp_path, monkeypatch):
 
 
 def test_curves_take_what_there_is():
-    assert report.learning_curves([]) == report.learning_curves([{"epoch": 1}]) == []
+    assert charts.learning_curves([]) == charts.learning_curves([{"epoch": 1}]) == []
     broken = [dict(epoch=1, loss=float("nan")), dict(epoch=2, loss=float("inf")), dict(epoch=3, loss=None)]
-    assert report.learning_curves(broken) == []
+    assert charts.learning_curves(broken) == []
     for value in (0.0, 1.0, 1e-9, 5e6):
-        for one in report.learning_curves([dict(epoch=1, loss=value, val_accuracy=min(value, 1))]):
+        for one in charts.learning_curves([dict(epoch=1, loss=value, val_accuracy=min(value, 1))]):
             places = [y for y, _ in one["y"]]
             assert min(places) <= one["lines"][0]["points"][0][1] <= max(places)
-    long = report.learning_curves(history(300))
+    long = charts.learning_curves(history(300))
     assert len(long) == 2 and all(2 <= len(one["x"]) <= 8 and 2 <= len(one["y"]) <= 8 for one in long)
     odd = [dict(epoch=1, loss=1.0, lr=[1e-3, 1e-4], val_loss="-"), dict(epoch=1, loss=True, lr=None)]
-    assert [one["title"] for one in report.learning_curves(odd)] == ["Loss"]
+    assert [one["title"] for one in charts.learning_curves(odd)] == ["Loss"]
 
 
 def test_two_phases_that_both_count_from_one():
     rows = [dict(epoch=i, phase=phase, loss=1 / (i + later), lr=lr)
             for phase, later, lr in (("head", 0, 1e-2), ("body", 3, 1e-3)) for i in (1, 2, 3)]
-    charts = report.learning_curves(rows)
-    assert [one["title"] for one in charts] == ["Loss", "Learning rate × 1,000"]
-    across = [x for x, _ in charts[0]["lines"][0]["points"]]
-    assert across == sorted(set(across)) and [name for _, name in charts[0]["marks"]] == ["body"]
-    assert across[2] < charts[0]["marks"][0][0] < across[3]
+    drawn = charts.learning_curves(rows)
+    assert [one["title"] for one in drawn] == ["Loss", "Learning rate × 1,000"]
+    across = [x for x, _ in drawn[0]["lines"][0]["points"]]
+    assert across == sorted(set(across)) and [name for _, name in drawn[0]["marks"]] == ["body"]
+    assert across[2] < drawn[0]["marks"][0][0] < across[3]
 
 
 def test_every_combination_of_sections_is_a_page(tmp_path):
@@ -187,7 +187,7 @@ def test_the_sections_say_what_was_measured(tmp_path):
 
 def test_places_in_the_drawings_are_the_values():
     given = everything()
-    drawn = report.reliability_chart("x", given["calibration"].bins_before, 0.1)
+    drawn = charts.reliability_chart("x", given["calibration"].bins_before, 0.1)
     filled = [one for one in given["calibration"].bins_before if one.count]
     for dot, one in zip(drawn["dots"], filled, strict=True):
         assert dot["x"] == pytest.approx(46 + 396 * one.confidence, abs=0.06) and dot["y"] == pytest.approx(250 - 228 * one.accuracy, abs=0.06)
@@ -195,20 +195,20 @@ def test_places_in_the_drawings_are_the_values():
     heights = np.array([bar["height"] for bar in drawn["bars"]])
     np.testing.assert_allclose(heights / heights.max(), np.array([one.count for one in filled]) / max(one.count for one in filled), atol=0.01)
     curve = given["coverage"]
-    ends = [tuple(map(float, point.split(","))) for point in report.coverage_chart(curve, 0.62)["path"][1:].split(" L")]
+    ends = [tuple(map(float, point.split(","))) for point in charts.coverage_chart(curve, 0.62)["path"][1:].split(" L")]
     assert ends[0][0] == 442 and len(ends) <= 200 and ends[-1][0] < 50
     large = ev.coverage_curve(*realistic(3, photos=30_000)[:2])
-    assert len(report.coverage_chart(large, None)["path"]) < 4_000 < len(large.thresholds)
+    assert len(charts.coverage_chart(large, None)["path"]) < 4_000 < len(large.thresholds)
 
 
 def test_degenerate_measurements_are_drawn():
     right = ev.evaluate_logits(np.eye(4) * 9, [0, 1, 2, 3])
     perfect = dict(calibration=ev.evaluate_calibration(np.eye(4) * 9, [0, 1, 2, 3]), coverage=ev.coverage_curve(np.eye(4), [0, 1, 2, 3]),
                    hierarchy=ev.evaluate_hierarchy(np.eye(4) * 9, [0, 1, 2, 3], [0, 0, 1, 1]), robustness=ev.robustness_table({"only": right}))
-    assert [part["kind"] for part in report.mistake_parts(perfect["hierarchy"])] == ["right"]
-    assert len(report.calibration_view(perfect["calibration"])["charts"]) == 1
+    assert [part["kind"] for part in charts.mistake_parts(perfect["hierarchy"])] == ["right"]
+    assert len(charts.calibration_view(perfect["calibration"])["charts"]) == 1
     for threshold in (None, 0.0, 1.0, 2.0):
-        view = report.coverage_view(perfect["coverage"], threshold)
+        view = charts.coverage_view(perfect["coverage"], threshold)
         assert view["chosen"] is None or (view["chart"]["mark"] is None) == (view["chosen"].count == 0)
     assert report.use_advice(perfect["calibration"], perfect["robustness"]) == []
     nothing = ev.evaluate_logits(np.eye(2)[::-1], [0, 1])
@@ -220,16 +220,16 @@ def test_degenerate_measurements_are_drawn():
                                               ((2.3, 2.31), "do not tell old and new apart")])
 def test_comparison_says_which_is_better(tmp_path, strengths, words):
     given = two_models(*strengths)
-    page = html.unescape(report.write_comparison(tmp_path / "c.html", names=("old", "new"), **given).read_text(encoding="utf-8"))
+    page = html.unescape(comparison_page.write_comparison(tmp_path / "c.html", names=("old", "new"), **given).read_text(encoding="utf-8"))
     m, found = given["mcnemar"], Structure(page)
     assert words in page and found.faults == found.open == [] and set(re.findall(r'<section id="(\w+)"', page)) == COMPARED
-    assert report.short_verdict(m, "old", "new").split(":")[0].rstrip(".") in m.verdict("old", "new")
+    assert comparison_page.short_verdict(m, "old", "new").split(":")[0].rstrip(".") in m.verdict("old", "new")
     assert all(f"<strong>{count}</strong>" in page for count in (m.both, m.only_a, m.only_b, m.neither))
     gain = 100 * (given["b"].top1 - given["a"].top1)
-    axis = report.difference_axis(m)
+    axis = comparison_page.difference_axis(m)
     assert axis["value"] == pytest.approx(gain) and (axis["at"] - 0.5) * gain > 0 or gain == 0
     assert 0 <= axis["low"] <= axis["at"] <= axis["high"] <= 1
-    rows = report.class_pairs(given["a"], given["b"])
+    rows = comparison_page.class_pairs(given["a"], given["b"])
     changes = [two.recall - one.recall for one, two in rows["differing"]]
     assert changes == sorted(changes, reverse=True) and 0 not in changes
     assert len(rows["differing"]) + len(rows["same"]) == 81 - len(given["a"].absent)
@@ -241,7 +241,7 @@ def test_disagreements_are_those_where_exactly_one_is_right():
     pairs = ev.mcnemar(ev.topk_hits(a, labels), ev.topk_hits(b, labels))
     for limit in (0, 1, 6, 10_000):
         seen = []
-        shown = report.disagreement_gallery(a, b, labels, names, lambda row: seen.append(row) or row, limit=limit)
+        shown = comparison_page.disagreement_gallery(a, b, labels, names, lambda row: seen.append(row) or row, limit=limit)
         assert len(shown) == len(set(seen)) == min(limit, pairs.only_a + pairs.only_b)
         for one in shown:
             assert names[labels[one.image]] == one.true and (one.said_a == one.true) != (one.said_b == one.true)
@@ -253,10 +253,10 @@ def test_only_the_same_photos_are_compared(tmp_path):
     a, b, m = given["a"], given["b"], given["mcnemar"]
     other = ev.evaluate_logits(*realistic(1)[:2], [f"other {i}" for i in range(81)])
     for wrong in ((b, a, m), (a, other, m), (a, b, ev.mcnemar([True] * 296, [True] * 296))):
-        with pytest.raises(report.ReportError) as refused: report.write_comparison(tmp_path / "c.html", *wrong)
+        with pytest.raises(comparison_page.ReportError) as refused: comparison_page.write_comparison(tmp_path / "c.html", *wrong)
         assert isinstance(refused.value, GroceryError) and "\n" not in str(refused.value) and not (tmp_path / "c.html").exists()
     hits = ev.topk_hits(*realistic(1)[:2])
-    page = report.write_comparison(tmp_path / "same.html", a, a, ev.mcnemar(hits, hits)).read_text(encoding="utf-8")
+    page = comparison_page.write_comparison(tmp_path / "same.html", a, a, ev.mcnemar(hits, hits)).read_text(encoding="utf-8")
     assert "do not tell A and B apart" in page and "Nowhere." in page
 
 
@@ -335,7 +335,7 @@ def layout(folder: Path, browser, page: Path) -> list:
 def test_no_text_overlaps_and_no_page_scrolls_sideways(tmp_path, browser):
     names = "efficientnet_lite0, 20 epochs", "efficientnet_lite0, 60 epochs"
     pages = [report.write_report(tmp_path / "report.html", **everything()),
-             report.write_comparison(tmp_path / "comparison.html", names=names, **two_models())]
+             comparison_page.write_comparison(tmp_path / "comparison.html", names=names, **two_models())]
     for page in pages:
         for seen in layout(tmp_path, browser, page): assert seen["needs"] <= seen["width"] and seen["overlaps"] == [], (page.name, seen)
 
@@ -348,6 +348,6 @@ def test_the_layout_check_can_fail(tmp_path, browser):
 
 def test_report_with_everything_in_a_browser(tmp_path, browser):
     for page, sections in ((report.write_report(tmp_path / "r.html", **everything()), SECTIONS | EXTRA),
-                           (report.write_comparison(tmp_path / "c.html", **two_models()), COMPARED)):
+                           (comparison_page.write_comparison(tmp_path / "c.html", **two_models()), COMPARED)):
         document, console, urls = browser(page)
         assert console == [] and urls == set() and set(re.findall(r'<section id="(\w+)"', document)) == sections
