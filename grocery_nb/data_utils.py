@@ -33,7 +33,8 @@ with needs("train"):
 # %% ../nbs/02_data.ipynb #7a76d2ef
 _all_ = ["CLASSES_CSV", "DATA_DIR", "TRAIN_CSV", "VAL_CSV", "get_classes", "IMAGENET_MEAN",
          "IMAGENET_STD", "Preprocessing", "crop", "normalize", "open_image", "photo_fault",
-         "to_rgb", "upright", "Augmentation", "CachedDataset", "pixel_cache", "EpochSampler", "perm"]
+         "to_rgb", "upright", "Augmentation", "CachedDataset", "pixel_cache", "EpochSampler",
+         "perm"]
 
 # %% ../nbs/02_data.ipynb #1c7be453
 def square_steps(

@@ -193,8 +193,8 @@ def check_labels(
     right = classes.coarse_of[item.fine]
     if item.coarse != right:
         wrong, name = classes.coarse.get(item.coarse, "no class"), classes.fine[item.fine]
-        raise DataError(f"the coarse label {item.coarse} ({wrong}) does not belong to the fine label {item.fine} ({name}); "
-                        f"write {right} ({classes.coarse[right]}), or correct the fine label")
+        raise DataError(f"the coarse label {item.coarse} ({wrong}) does not belong to the fine label {item.fine} "
+                        f"({name}); write {right} ({classes.coarse[right]}), or correct the fine label")
 
 # %% ../../nbs/01a_rows.ipynb #b39d3af5
 def parse_item(
