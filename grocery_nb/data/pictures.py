@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from ..catalog import DataError
+from .rows import DataError
 
 # %% ../../nbs/02a_pictures.ipynb #877367e7
 def farthest(
