@@ -60,7 +60,7 @@ def test_notebook_keeps_the_budget(path):
 
 
 # Notebooks that have not been reworked for JupyterLab yet; must be empty in the end.
-NOT_REWORKED = {"01_catalog", "02_data", "02a_pictures", "03_model", "03a_backbones", "03b_model_files", "04j_transfer",
+NOT_REWORKED = {"01_catalog", "02_data", "04j_transfer",
                 "06_run_training", "06b_options", "90_core", "91_cli"}
 
 
