@@ -33,7 +33,7 @@ setup(
     keywords=settings["keywords"].split(),
     packages=find_packages(include=["grocery_nb", "grocery_nb.*"]),
     include_package_data=True,
-    package_data={"grocery_nb": ["assets/*", "assets/*/*"]},
+    package_data={"grocery_nb": ["assets/**"]},
     python_requires=">=" + settings["min_python"],
     install_requires=lines("requirements"),
     extras_require=extras,

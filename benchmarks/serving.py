@@ -2,7 +2,7 @@
 
 Some of it needs a fresh process, which run.py starts as a command:
 
-    serving.py models DATA FOLDER             FOLDER/model.pth and FOLDER/model.onnx: one mobilenet_v3_small of the coarse classes
+    serving.py models DATA FOLDER             FOLDER/model.pth and FOLDER/model.pth.onnx: one mobilenet_v3_small of the coarse classes
     serving.py tight MODEL SECONDS PHOTO...   pictures a second of one tight loop: Pillow, NumPy, bare ONNX Runtime with one thread
 """
 import contextlib
@@ -28,7 +28,7 @@ class ServingError(ValueError):
 # --- in processes of their own ----------------------------------------------------------------------------------------
 
 def models(data, folder):
-    "Weights for both sides: the course reads model.pth, ours reads model.onnx. They are random, which changes no time"
+    "Weights for both sides: the course reads model.pth, ours reads model.pth.onnx. They are random, which changes no time"
     sys.path.insert(0, str(HERE / "course_baseline"))
     import torch
     from data_utils import get_classes
@@ -71,7 +71,7 @@ def python(*arguments, **more):
 
 def make_models(data, folder):
     python("serving.py", "models", data, folder, GROCERY_DATA_DIR=str(data))
-    return folder / "model.onnx"
+    return folder / "model.pth.onnx"
 
 
 def some_photos(data, count=16):

@@ -30,17 +30,13 @@ _all_ = ["save_checkpoint", "load_checkpoint", "Recipe", "TrainError", "balanced
          "device_of", "predict", "validate", "Callback", "JsonLog", "fastest_precision"]
 
 # %% ../nbs/04_training.ipynb #086ea14b
-def evaluate_model(
-    model:nn.Module, # Any classifier
-    dataloader, # Yields (inputs, labels); must not be empty, or a `TrainError` is raised
-) -> float: # Accuracy, from 0 to 1
-    "The share of samples whose largest output is right; mode and random state stay as they were"
+def evaluate_model(model:nn.Module, dataloader) -> float: # Accuracy, from 0 to 1
+    "The share of samples whose largest output is right; `TrainError` if there are none"
     device, correct, total = device_of(model), 0, 0
     with evaluating(model), torch.inference_mode(), torch.random.fork_rng(devices=[]):
         for inputs, labels in map(check_batch, dataloader):
             outputs = check_outputs(model(to_device(inputs, device)), inputs)
-            predicted = torch.max(outputs, 1).indices
-            correct += (predicted == labels.to(device)).sum().item()
+            correct += (torch.max(outputs, 1).indices == labels.to(device)).sum().item()
             total += len(labels)
     if total == 0: raise TrainError(f"The loader gave no batch to evaluate on; {NO_BATCH}")
     return correct / total
@@ -48,15 +44,12 @@ def evaluate_model(
 # %% ../nbs/04_training.ipynb #c35bc5d2
 DEFAULT_LR = 1e-3
 
-def one_rate(
-    lr:float, # As the notes call it
-    learning_rate:"float|None", # As the labs call it; None if it was not given
-) -> float: # The one that was given
+def one_rate(lr:float, learning_rate:"float|None") -> float: # The one that was given
     "One learning rate of two names; `TrainError` if both were given and differ"
     if learning_rate is None: return lr
     if lr is not DEFAULT_LR and lr != learning_rate:
-        raise TrainError(f"lr is {lr!r} and learning_rate is {learning_rate!r}; they are two names "
-                         "of one setting, give one of them")
+        raise TrainError(f"lr is {lr!r} and learning_rate is {learning_rate!r}; "
+                         "they are two names of one setting, give one of them")
     return learning_rate
 
 # %% ../nbs/04_training.ipynb #6dd007c5

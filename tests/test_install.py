@@ -36,6 +36,12 @@ def test_base_carries_no_torch(base, tmp_path):
     assert "grocery-nb" in listed and not {"torch", "torchvision", "matplotlib", "fastapi", "nbdev", "fastcore"} & set(listed)
 
 
+def test_every_room_and_asset_is_installed(base):
+    def files(package): return {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    where = subprocess.run([base / "python", "-c", "import grocery_nb; print(grocery_nb.__path__[0])"], capture_output=True, text=True, cwd=base).stdout.strip()
+    assert files(Path(where)) == files(ROOT / "grocery_nb")
+
+
 def test_base_draws_and_checks_data(base, tmp_path):
     done = run(base, "data", "mini", "--output", "mini", "--train", 1, "--val", 1, "--test", 1, "--size", 32, "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

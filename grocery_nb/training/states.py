@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'NO_PLACE', 'PLAIN', 'CHECKPOINT_FORMAT', 'STAMP', 'CheckpointError', 'random_state', 'set_random_state',
-           'own_generators', 'generator_state', 'set_generator_state', 'generator_states', 'set_generator_states',
-           'portable_value', 'portable_tensor', 'portable', 'tensor_bytes', 'encode', 'content_digest', 'write_state',
-           'damage', 'check_compact', 'check_stamp', 'read_state']
+           'own_generators', 'plain_state', 'generator_state', 'set_generator_state', 'generator_states',
+           'set_generator_states', 'portable_value', 'portable_tensor', 'portable', 'tensor_bytes', 'encode',
+           'content_digest', 'write_state', 'damage', 'check_compact', 'check_stamp', 'read_state']
 
 # %% ../../nbs/04a_states.ipynb #a2d96dc9
 import hashlib
@@ -71,18 +71,19 @@ def own_generators(
             waiting.append((f"{name}.{key}", part))
     return found
 
+# %% ../../nbs/04a_states.ipynb #1d08dd5c
+def plain_state(value): # Tensors and plain values
+    "A state in which NumPy's arrays have become lists"
+    if isinstance(value, dict): return {key: plain_state(part) for key, part in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
 # %% ../../nbs/04a_states.ipynb #90a7650e
-def generator_state(
-    generator:object, # One of `GENERATORS`
-) -> object: # Tensors and plain values
+def generator_state(generator) -> object: # One of `GENERATORS`; tensors and plain values
     "Where a generator stands"
-    def plain(value):
-        if isinstance(value, dict): return {key: plain(part) for key, part in value.items()}
-        return value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(generator, torch.Generator): return generator.get_state()
     if isinstance(generator, random.Random): return generator.getstate()
-    if isinstance(generator, np.random.Generator): return plain(generator.bit_generator.state)
-    return plain(generator.get_state(legacy=False))
+    if isinstance(generator, np.random.Generator): return plain_state(generator.bit_generator.state)
+    return plain_state(generator.get_state(legacy=False))
 
 # %% ../../nbs/04a_states.ipynb #78521ddd
 def set_generator_state(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from grocery_nb import data_utils
-from grocery_nb.data import pictures
+from grocery_nb.data import pictures, pixels
 from grocery_nb.data.pictures import Preprocessing, open_image, preprocess, to_rgb, to_srgb
 from grocery_nb.data_utils import GroceryDataset, make_transform
 from grocery_nb.serving.uploads import safe_decode
@@ -44,7 +44,7 @@ def test_every_byte_in_every_channel(one_thread):
 
 def test_the_pixel_cache_knows_the_interpolation(tiny, caches, one_thread):
     recipes = [Preprocessing(48, 50, interpolation=name) for name in ("bilinear", "bicubic")]
-    assert len({data_utils.cache_file(tiny / "val.txt", recipe) for recipe in recipes}) == 2
+    assert len({pixels.cache_file(tiny / "val.txt", recipe) for recipe in recipes}) == 2
     plain = GroceryDataset(tiny / "val.txt")
     for recipe in recipes:
         cached = data_utils.CachedDataset(tiny / "val.txt", recipe)
@@ -67,7 +67,7 @@ def test_the_picture_is_not_changed():
 def test_old_names_still_lead_to_the_same_things():
     for name in ("IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "crop", "normalize", "open_image", "photo_fault", "to_rgb", "upright"):
         assert getattr(data_utils, name) is getattr(pictures, name) and name in data_utils.__all__
-    assert Preprocessing().version == "d0e0944f" and data_utils.CACHE_FORMAT == 2, "caches and model cards refer to these"
+    assert Preprocessing().version == "d0e0944f" and pixels.CACHE_FORMAT == 2, "caches and model cards refer to these"
 
 
 def test_needs_no_torch():

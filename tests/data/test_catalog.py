@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from grocery_nb import catalog
+from grocery_nb.data import rows as reading
 from grocery_nb.catalog import (
     DIGESTS, DataError, data_digest, data_dir, download, get_classes, load_split, read_classes, read_index, split_digest,
     validate_dataset, verify_digests,
@@ -259,8 +259,8 @@ def test_constants_follow_the_environment_and_import_draws_nothing(shop, caches)
 
 def test_the_default_set_is_drawn_when_it_is_first_read(shop, tmp_path, monkeypatch):
     drawn = tmp_path / "default"
-    monkeypatch.setattr(catalog, "default_mini_dir", lambda: drawn)
-    monkeypatch.setattr(catalog, "mini_dir", lambda: shutil.copytree(shop, drawn))
+    monkeypatch.setattr(reading, "default_mini_dir", lambda: drawn)
+    monkeypatch.setattr(reading, "mini_dir", lambda: shutil.copytree(shop, drawn))
     for use in (lambda: get_classes(drawn / "classes.csv"), lambda: read_index(drawn / "train.txt"),
                 lambda: load_split(drawn, "train"), lambda: validate_dataset(drawn)):
         shutil.rmtree(drawn, ignore_errors=True)

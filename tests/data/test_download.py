@@ -19,8 +19,9 @@ import pytest
 import requests
 from PIL import Image
 
-from grocery_nb import catalog
-from grocery_nb.catalog import DataError, data_dir, download, fetch, load_split, split_digest, validate_dataset, verify_digests
+from grocery_nb.data import download as downloading
+from grocery_nb.catalog import DataError, data_dir, download, load_split, split_digest, validate_dataset, verify_digests
+from grocery_nb.data.download import fetch
 
 TOP = "GroceryStoreDataset-fc80ba90f803d79d0383df52c5a4ac5de99ff6fc"
 BLOCK = 1 << 16  # what may be asked for twice after a break: the block that was in hand
@@ -124,7 +125,7 @@ def archive(tree) -> bytes:
 @pytest.fixture
 def store(archive, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(catalog, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(downloading, "RETRY_SECONDS", 0.001)
     store = Store(archive)
     yield store
     store.hang.set()
@@ -334,7 +335,7 @@ def test_hostile_member_is_refused(get, store, tree, tmp_path, target, member, d
 
 
 def test_many_members_that_are_too_much_together(get, store, tree, target, monkeypatch):
-    monkeypatch.setattr(catalog, "MAX_TOTAL_BYTES", 100_000)
+    monkeypatch.setattr(downloading, "MAX_TOTAL_BYTES", 100_000)
     with pytest.raises(DataError, match="its files would unpack to"): get()
     assert beside(target) == []
 
@@ -352,7 +353,7 @@ def test_no_network_is_one_sentence(get, store, target):
 def test_grocery_without_a_network(store, caches, monkeypatch):
     "The source `grocery` asks for the official address; here no name is resolved"
     def offline(*_, **__): raise requests.ConnectionError("Failed to resolve 'github.com'")
-    monkeypatch.setattr(catalog.requests, "get", offline)
+    monkeypatch.setattr(downloading.requests, "get", offline)
     with pytest.raises(DataError, match="GROCERY_DATA_DIR to a copy of them, or use --data mini") as error: data_dir("grocery")
     assert sentence(error) and not (caches / "grocery-store").exists()
 
@@ -372,13 +373,13 @@ def test_passing_trouble_is(get, store, digests):
 def test_a_line_that_never_gets_further_is_given_up(get, store, archive, target):
     store.ranges, store.breaks = False, [len(archive) // 2] * 50
     with pytest.raises(DataError, match="broke off") as error: get()
-    assert sentence(error) and len(store.log) == catalog.TRIES == 3
+    assert sentence(error) and len(store.log) == downloading.TRIES == 3
 
 
 def test_full_disk_is_one_sentence_and_keeps_the_part(get, store, archive, target, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
-        patch.setattr(catalog.shutil, "copyfileobj", full)
+        patch.setattr(downloading.shutil, "copyfileobj", full)
         with pytest.raises(DataError, match="No space left on device") as error: get()
     sentence(error)
     assert not target.exists() and [Path(name).suffix for name in beside(target)] == [".zip"]

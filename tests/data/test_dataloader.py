@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Subset
 
 from grocery_nb.catalog import DataError
 from grocery_nb.core import GroceryError
+from grocery_nb.data.pixels import cache_file
 from grocery_nb.data_utils import (
-    Augmentation, CachedDataset, EpochSampler, GroceryDataset, Preprocessing, cache_file, create_dataloader, get_loaders, load_dataset,
+    Augmentation, CachedDataset, EpochSampler, GroceryDataset, Preprocessing, create_dataloader, get_loaders, load_dataset,
     make_transform, open_image, pad_collate, perm, pixel_cache, transform,
 )
 
@@ -358,7 +359,7 @@ def test_real_photos(photos):
 
 
 def build(csv, barrier, answers):
-    barrier.wait(60)
+    barrier.wait(240)
     pixels = pixel_cache(csv, SMALL)
     path = Path(pixels.filename)
     answers.put((path.name, path.stat().st_ino, int(pixels.sum(dtype=np.int64))))
@@ -370,7 +371,7 @@ def test_two_processes_build_once(shop, caches):
     barrier, answers = spawn.Barrier(2), spawn.Queue()
     processes = [spawn.Process(target=build, args=(shop / "train.txt", barrier, answers)) for _ in range(2)]
     for process in processes: process.start()
-    first, second = (answers.get(timeout=90) for _ in processes)
+    first, second = (answers.get(timeout=300) for _ in processes)
     for process in processes: process.join(30)
     assert [process.exitcode for process in processes] == [0, 0]
     assert first == second
