@@ -87,7 +87,7 @@ def measure(
     from grocery_nb.analysis.scores import evaluate_logits
     from grocery_nb.catalog import data_digest, load_split, read_classes
     from grocery_nb.data.pictures import Preprocessing
-    from grocery_nb.data_utils import CachedDataset
+    from grocery_nb.data.pixels import CachedDataset
     from grocery_nb.training.judging import predict
     from grocery_nb.training.model_files import load_model
     model = load_model(None, model_path)
