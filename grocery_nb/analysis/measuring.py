@@ -95,6 +95,9 @@ def measure(
     if card is None:
         raise GroceryError(f"{model_path} has no card, so that nobody knows what its numbers mean; copy its .json "
                            f"beside it")
+    if card.label is None:
+        raise GroceryError(f"The card of {model_path} does not say whether its classes are fine or coarse; save it "
+                           f"with label=")
     root, called = data_folder(card, model_path, data), str(card.data if data is None else data)
     classes = read_classes(root/"classes.csv")
     names = list(classes.names(card.label).values())
