@@ -18,9 +18,12 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
+# %% ../nbs/91_cli.ipynb #51865daf
 from . import __version__
-from .core import GroceryError, add_loudness, beside, check_apart, check_ours, check_output, shell_command, user_path
-from .analysis.measuring import compare, comparison_report, measure, page_for, remark, report, tell, two_names, under_conditions
+from .core import GroceryError, add_loudness, beside, check_apart
+from .core import check_ours, check_output, shell_command, user_path
+from .analysis.measuring import compare, comparison_report, measure, page_for, remark
+from .analysis.measuring import report, tell, two_names, under_conditions
 from .run_training import add_arguments, train
 
 # %% ../nbs/91_cli.ipynb #4e221282
@@ -56,48 +59,41 @@ def data_validate(
     return 0 if found.ok else 1
 
 # %% ../nbs/91_cli.ipynb #c015d465
-def data_download(
-    options:argparse.Namespace, # output, splits, quiet
-):
+def data_download(options:argparse.Namespace): # output, splits, quiet
     "Fetch the real photos, verified against pinned digests"
     from grocery_nb.catalog import download
     choices = {"splits": tuple(options.splits)} if options.splits else {}
     print(f"Real photos: {download(options.output, progress=not options.quiet, **choices)}")
 
 # %% ../nbs/91_cli.ipynb #04e67cb2
-def is_jpeg(
-    path:"str|Path", # A file
-) -> bool:
+def is_jpeg(path:"str|Path") -> bool: # A file
     "Whether a file begins as a JPEG does"
     with open(path, "rb") as file: return file.read(3) == b"\xff\xd8\xff"
 
 # %% ../nbs/91_cli.ipynb #7c5f2229
-def data_sheet(
-    options:argparse.Namespace, # output, quiet
-):
+def data_sheet(options:argparse.Namespace): # output, quiet
     "Draw a contact sheet with every class of Mini Grocery"
     from grocery_nb.core import atomic_path
     from grocery_nb.synthetic import contact_sheet
     check_ours(check_output(options.output), is_jpeg, "contact sheet")
-    with atomic_path(options.output) as temporary: contact_sheet(columns=4, wrap=3).save(temporary, "JPEG", quality=90)
+    with atomic_path(options.output) as temporary:
+        contact_sheet(columns=4, wrap=3).save(temporary, "JPEG", quality=90)
     say(options, f"Contact sheet: {options.output}")
 
 # %% ../nbs/91_cli.ipynb #348cdeab
-def told(
-    evaluation, # An `Evaluation`
-) -> str: # 86.4% (83.1 to 89.2%, 296 photos)
+def told(evaluation) -> str: # An `Evaluation`; 86.4% (83.1 to 89.2%, 296 photos)
     "An accuracy, and how far it can be trusted, in one line"
     from grocery_nb.evaluation import percent, span
     return f"{percent(evaluation.top1)} ({span(evaluation.top1_interval)}, {evaluation.n:,} photos)"
 
 # %% ../nbs/91_cli.ipynb #0c981ec5
-def train_command(
-    options:argparse.Namespace, # Of `run_training.add_arguments`
-):
+def train_command(options:argparse.Namespace): # Of `run_training.add_arguments`
     "Train, and say what came out and what to do next"
     run = train(options)
-    hierarchy = [] if run.hierarchy is None else [f"Coarse classes:      {told(run.hierarchy.coarse)}, from summed probabilities"]
-    say(options, f"Validation accuracy: {told(run.evaluation)}", *hierarchy, f"Weights: {run.output}", f"Card:    {beside(run.output, '.json')}",
+    hierarchy = [] if run.hierarchy is None else [f"Coarse classes:      {told(run.hierarchy.coarse)}, from summed "
+                                                  f"probabilities"]
+    say(options, f"Validation accuracy: {told(run.evaluation)}", *hierarchy, f"Weights: {run.output}",
+        f"Card:    {beside(run.output, '.json')}",
          f"Next:    {shell_command(['grocery', 'evaluate', run.output])}")
 
 # %% ../nbs/91_cli.ipynb #f433d982
@@ -106,10 +102,11 @@ def check_page(
     flag:str, # How the user can name another place
     *models:Path, # The files of weights that are read
 ):
-    "Refuse with a `GroceryError` a page that cannot be written, or would take the place of a model, a card or another file"
+    "Refuse with a `GroceryError` a page that cannot be written, or would replace a model, a card or another file"
     from grocery_nb.analysis.report import check_place
     if page is None: return
-    read = {f"the {what} {model.name}": place for model in models for what, place in (("model", model), ("card of", beside(model, ".json")))}
+    read = {f"the {what} {model.name}": place for model in models for what,
+            place in (("model", model), ("card of", beside(model, ".json")))}
     check_apart({"the page": page, **({} if len(models) > 1 and models[0] == models[1] else read)})
     check_place(page, flag)
 
@@ -121,12 +118,11 @@ def figures(
     "What a program may want to read of a measurement"
     more = {"remark": remark(measured), "hierarchy": measured.hierarchy and measured.hierarchy.metrics(),
             "robustness": conditions and [row._asdict() for row in conditions]}
-    return {"split": measured.split, **measured.evaluation.metrics(), **{name: value for name, value in more.items() if value}}
+    return {"split": measured.split, **measured.evaluation.metrics(),
+            **{name: value for name, value in more.items() if value}}
 
 # %% ../nbs/91_cli.ipynb #6be7bf5d
-def evaluate_command(
-    options:argparse.Namespace, # model, data, split, json, report, robustness, quiet
-):
+def evaluate_command(options:argparse.Namespace): # model, data, split, json, report, robustness, quiet
     "Measure a model file on a split: a table or JSON, and the HTML report"
     from grocery_nb.evaluation import robustness_text
     page = options.report
@@ -138,25 +134,24 @@ def evaluate_command(
     if page is not None: report(measured, page, conditions)
     if options.json: print(json.dumps(figures(measured, conditions), indent=1))
     elif options.quiet: print(f"Accuracy ({options.split}): {told(measured.evaluation)}")
-    else: print(*filter(None, (measured.evaluation, measured.hierarchy, conditions and robustness_text(conditions), f"Report: {page}")), sep="\n\n")
+    else:
+        print(*filter(None, (measured.evaluation, measured.hierarchy, conditions and robustness_text(conditions),
+                             f"Report: {page}")), sep="\n\n")
 
 # %% ../nbs/91_cli.ipynb #08cae658
-def compare_command(
-    options:argparse.Namespace, # a, b, data, split, json, output, quiet
-):
+def compare_command(options:argparse.Namespace): # a, b, data, split, json, output, quiet
     "Measure two model files on the same photos: a verdict or JSON, and the HTML page"
     page = Path("comparison.html") if options.output is None and not options.json else options.output
     check_page(page, "--output", options.a, options.b)
     compared = compare(options.a, options.b, options.data, options.split)
     tell(compared.a, compared.b)
     if page is not None: comparison_report(compared, page)
-    if options.json: print(json.dumps({"split": options.split, "level": compared.level, **vars(compared.mcnemar)}, indent=1))
+    if options.json:
+        print(json.dumps({"split": options.split, "level": compared.level, **vars(compared.mcnemar)}, indent=1))
     else: say(options, compared.mcnemar.verdict(*two_names(options.a, options.b)), f"Report: {page}")
 
 # %% ../nbs/91_cli.ipynb #f79ce3d9
-def report_command(
-    options:argparse.Namespace, # model, data, split, output, quiet
-):
+def report_command(options:argparse.Namespace): # model, data, split, output, quiet
     "Measure a model file and write the HTML report"
     check_page(options.output, "--output", options.model)
     measured = measure(options.model, options.data, options.split)
@@ -164,9 +159,7 @@ def report_command(
     say(options, f"Report: {report(measured, options.output)}")
 
 # %% ../nbs/91_cli.ipynb #2c9e7b93
-def export_command(
-    options:argparse.Namespace, # model, output, quiet
-):
+def export_command(options:argparse.Namespace): # model, output, quiet
     "Write a model as an ONNX file that carries its classes and preprocessing, checked against the original"
     from grocery_nb.edge import export_file
     written = export_file(options.model, options.output)
@@ -188,24 +181,23 @@ def page_beside(
         page.wait()
 
 # %% ../nbs/91_cli.ipynb #a6cad1a7
-def ui_command(
-    options:argparse.Namespace, # host, port, api_url
-):
+def ui_command(options:argparse.Namespace): # host, port, api_url
     "Serve the page, which asks a backend"
     from grocery_nb.frontend import serve_ui
     serve_ui(options.host, options.port, options.api_url)
 
 # %% ../nbs/91_cli.ipynb #b071f956
-def serve_command(
-    options:argparse.Namespace, # model, host, port, ui, ui_port
-):
+def serve_command(options:argparse.Namespace): # model, host, port, ui, ui_port
     "Serve a model over HTTP until Ctrl-C or SIGTERM, and with --ui the page beside it"
     from grocery_nb.backend import serve
     from grocery_nb.serving.operations import load_settings
-    flags = {"model_path": options.model, "host": options.host, "port": options.port, "log_level": "ERROR" if options.quiet else None}
+    flags = {"model_path": options.model, "host": options.host, "port": options.port,
+             "log_level": "ERROR" if options.quiet else None}
     settings = load_settings(**{name: value for name, value in flags.items() if value is not None})
     if not options.ui: return serve(settings)
-    if settings.port == 0: raise GroceryError("The page needs to know the backend's port; give --port a number other than 0, or leave --ui out")
+    if settings.port == 0:
+        raise GroceryError("The page needs to know the backend's port; give --port a number other than 0, or "
+                           "leave --ui out")
     with page_beside(f"http://127.0.0.1:{settings.port}", options.ui_port): serve(settings)
 
 # %% ../nbs/91_cli.ipynb #6181ba1d
@@ -215,15 +207,14 @@ class SettingsHelp(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         from grocery_nb.serving.operations import describe_settings
-        parser.exit(message=f"{parser.format_help()}\nvariables of the environment (name, default, meaning):\n{describe_settings()}\n")
+        parser.exit(message=f"{parser.format_help()}\nvariables of the environment (name, default, "
+                    f"meaning):\n{describe_settings()}\n")
 
 # %% ../nbs/91_cli.ipynb #9c920fed
 RECIPE = ["--recipe", "probe"]
 
 # %% ../nbs/91_cli.ipynb #e43660ae
-def demo_command(
-    options:argparse.Namespace, # data, output (a folder), seed, quiet
-):
+def demo_command(options:argparse.Namespace): # data, output (a folder), seed, quiet
     "Data, training, evaluation, model and report, on Mini Grocery unless told otherwise"
     from grocery_nb.catalog import data_dir
     model = check_output(options.output/"model.pth")
@@ -233,17 +224,18 @@ def demo_command(
     root = data_dir(options.data, progress=not options.quiet)
     step("2/3 Training the last layer on features of a pretrained backbone")
     flags = add_arguments(argparse.ArgumentParser())
-    train(flags.parse_args([*RECIPE, "--data", options.data, "--output", str(model), "--seed", str(options.seed), *["--quiet"] * options.quiet]))
+    train(flags.parse_args([*RECIPE, "--data", options.data, "--output", str(model), "--seed", str(options.seed),
+                            *["--quiet"] * options.quiet]))
     step("3/3 Measuring it on the test split, which no choice was made by")
     measured = measure(model, options.data, "test")
     page = report(measured, options.output/"report.html")
-    say(options, f"Test accuracy: {told(measured.evaluation)}", f"Data:   {root}", f"Model:  {model.resolve()}", f"Report: {page.resolve()}", "",
-         f"Next: open the report in a browser, or ask the model: {shell_command(['grocery', 'serve', '--ui'])}; then `make lab`", before=("",))
+    say(options, f"Test accuracy: {told(measured.evaluation)}", f"Data:   {root}", f"Model:  {model.resolve()}",
+        f"Report: {page.resolve()}", "",
+         f"Next: open the report in a browser, or ask the model: {shell_command(['grocery', 'serve', '--ui'])}; "
+        f"then `make lab`", before=("",))
 
 # %% ../nbs/91_cli.ipynb #08c47d98
-def add_mini(
-    commands, # What `add_subparsers` returned
-):
+def add_mini(commands): # What `add_subparsers` returned
     "The subcommand `grocery data mini`"
     parser = commands.add_parser("mini", help="draw Mini Grocery into the cache, or into a folder")
     add = parser.add_argument
@@ -258,14 +250,14 @@ def add_mini(
     parser.set_defaults(run=data_mini)
 
 # %% ../nbs/91_cli.ipynb #f84883b0
-def add_data(
-    commands, # What `add_subparsers` returned
-):
+def add_data(commands): # What `add_subparsers` returned
     "The subcommands of `grocery data`"
-    data = commands.add_parser("data", help="draw, download, check or look at data").add_subparsers(dest="what", required=True)
+    data = commands.add_parser("data", help="draw, download, check or look at data").add_subparsers(dest="what",
+                                                            required=True)
     add_mini(data)
     validate = data.add_parser("validate", help="check every row and every photo; exit code 1 if there are errors")
-    validate.add_argument("source", nargs="?", help="mini, grocery or a folder (default: GROCERY_DATA_DIR, else mini)")
+    validate.add_argument("source", nargs="?",
+                          help="mini, grocery or a folder (default: GROCERY_DATA_DIR, else mini)")
     add_loudness(validate)
     validate.set_defaults(run=data_validate)
     download = data.add_parser("download", help="fetch the real photos, verified")
@@ -274,61 +266,69 @@ def add_data(
     add_loudness(download)
     download.set_defaults(run=data_download)
     sheet = data.add_parser("sheet", help="a contact sheet of every class of Mini Grocery")
-    sheet.add_argument("--output", type=user_path, default=Path("mini-grocery.jpg"), help="JPEG file (default: %(default)s)")
+    sheet.add_argument("--output", type=user_path, default=Path("mini-grocery.jpg"),
+                       help="JPEG file (default: %(default)s)")
     add_loudness(sheet)
     sheet.set_defaults(run=data_sheet)
 
 # %% ../nbs/91_cli.ipynb #4358bf05
-def add_demo(
-    commands, # What `add_subparsers` returned
-):
+def add_demo(commands): # What `add_subparsers` returned
     "The subcommand `grocery demo`"
     demo = commands.add_parser("demo", help="data, training, evaluation, model and report on Mini Grocery")
-    demo.add_argument("--data", default="mini", help="mini, grocery or a folder with a test split (default: %(default)s)")
-    demo.add_argument("--output", type=user_path, default=Path("runs/demo"), help="folder for model and report (default: %(default)s)")
+    demo.add_argument("--data", default="mini",
+                      help="mini, grocery or a folder with a test split (default: %(default)s)")
+    demo.add_argument("--output", type=user_path, default=Path("runs/demo"),
+                      help="folder for model and report (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
     add_loudness(demo)
     demo.set_defaults(run=demo_command)
 
 # %% ../nbs/91_cli.ipynb #28fabb56
-def add_model(
-    commands, # What `add_subparsers` returned
-):
+def add_model(commands): # What `add_subparsers` returned
     "The subcommands that make or read a model file"
     train = commands.add_parser("train", help="train a classifier and save it with its card")
     add_arguments(train).set_defaults(run=train_command)
     evaluate = commands.add_parser("evaluate", help="measure a model file on a split, and write the HTML report")
-    compare = commands.add_parser("compare", help="measure two model files on the same photos, and write an HTML page")
+    compare = commands.add_parser("compare",
+                                  help="measure two model files on the same photos, and write an HTML page")
     report = commands.add_parser("report", help="measure a model file and write the HTML report, nothing else")
-    for name in ("a", "b"): compare.add_argument(name, metavar=name.upper(), type=user_path, help="weights file with its card beside it")
-    for parser in (evaluate, report): parser.add_argument("model", type=user_path, help="weights file with its card beside it, such as model.pth")
+    for name in ("a", "b"):
+        compare.add_argument(name, metavar=name.upper(), type=user_path, help="weights file with its card beside it")
+    for parser in (evaluate, report):
+        parser.add_argument("model", type=user_path, help="weights file with its card beside it, such as model.pth")
     for parser in (evaluate, compare, report):
         parser.add_argument("--data", help="mini, grocery or a folder (default: what the model was trained on)")
-        parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="split to measure on (default: %(default)s)")
+        parser.add_argument("--split", default="val", choices=("train", "val", "test"),
+                            help="split to measure on (default: %(default)s)")
     for parser in (evaluate, compare, report): add_loudness(parser)
-    for parser in (evaluate, compare): parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    evaluate.add_argument("--report", type=user_path, metavar="FILE", help="the page (default: beside the model; none with --json)")
-    evaluate.add_argument("--robustness", action="store_true", help="also measure on Mini Grocery under other light, background and camera")
+    for parser in (evaluate, compare):
+        parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    evaluate.add_argument("--report", type=user_path, metavar="FILE",
+                          help="the page (default: beside the model; none with --json)")
+    evaluate.add_argument("--robustness", action="store_true",
+                          help="also measure on Mini Grocery under other light, background and camera")
     evaluate.set_defaults(run=evaluate_command)
     compare.add_argument("--output", type=user_path, help="the page (default: comparison.html; none with --json)")
     compare.set_defaults(run=compare_command)
-    report.add_argument("--output", type=user_path, default=Path("report.html"), help="the page (default: %(default)s)")
+    report.add_argument("--output", type=user_path, default=Path("report.html"),
+                        help="the page (default: %(default)s)")
     report.set_defaults(run=report_command)
     add_demo(commands)
 
 # %% ../nbs/91_cli.ipynb #542d43c1
-def add_serving(
-    commands, # What `add_subparsers` returned
-):
+def add_serving(commands): # What `add_subparsers` returned
     "The subcommands that bring a model to its users"
     export = commands.add_parser("export", help="write a model as an ONNX file, checked against the original")
     export.add_argument("model", type=user_path, help="weights file with its card beside it, such as model.pth")
-    export.add_argument("--output", type=user_path, help="the ONNX file (default: beside the model, as model.pth.onnx)")
+    export.add_argument("--output", type=user_path,
+                        help="the ONNX file (default: beside the model, as model.pth.onnx)")
     add_loudness(export)
     export.set_defaults(run=export_command)
     serve = commands.add_parser("serve", help="answer over HTTP what is in a picture", add_help=False)
-    serve.add_argument("-h", "--help", action=SettingsHelp, help="show this help, and the variables of the environment")
-    serve.add_argument("--model", type=user_path, help="model.onnx or model.pth (default: MODEL_PATH, or what grocery demo made)")
+    serve.add_argument("-h", "--help", action=SettingsHelp,
+                       help="show this help, and the variables of the environment")
+    serve.add_argument("--model", type=user_path,
+                       help="model.onnx or model.pth (default: MODEL_PATH, or what grocery demo made)")
     serve.add_argument("--host", help="address to listen on (default: HOST, or 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: PORT, or 8000)")
     serve.add_argument("--ui", action="store_true", help="serve the page, too")
@@ -345,7 +345,9 @@ def add_serving(
 # %% ../nbs/91_cli.ipynb #d885adbc
 def build_parser() -> argparse.ArgumentParser:
     "The whole command line of `grocery`"
-    parser = argparse.ArgumentParser(prog="grocery", description="From grocery photos to a model that is measured and served, one step a command.",
+    parser = argparse.ArgumentParser(prog="grocery",
+                                     description="From grocery photos to a model that is measured and served, one "
+                                     "step a command.",
                                      epilog="Start with: grocery demo. Help on a command: grocery train --help")
     parser.add_argument("--version", action="version", version=f"grocery-nb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -355,9 +357,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/91_cli.ipynb #12c9c4e0
-def sentence_of(
-    error:OSError, # What the operating system refused
-) -> str: # Which file, and why
+def sentence_of(error:OSError) -> str: # What the operating system refused; Which file, and why
     "An error of the operating system as one sentence"
     return f"{error.filename or 'the system'}: {error.strerror or error}"
 
@@ -372,7 +372,8 @@ def main(
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("grocery: interrupted; no file was left half-written, and a training goes on with --resume", file=sys.stderr)
+        print("grocery: interrupted; no file was left half-written, and a training goes on with --resume",
+              file=sys.stderr)
         return 130
     except BrokenPipeError:  # `grocery data validate | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,7 +35,8 @@ def needs(
     try: yield
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] == "grocery_nb": raise
-        raise MissingExtra(f"The Python package {e.name.split('.')[0]!r} is not installed; it comes with the extra {extra!r}: "
+        raise MissingExtra(f"The Python package {e.name.split('.')[0]!r} is not installed; it comes with the extra "
+                           f"{extra!r}: "
                            f"pip install 'grocery-nb[{extra}]'") from e
 
 # %% ../nbs/90_core.ipynb #4322974a
@@ -53,7 +54,7 @@ def fsync_folder(
 def atomic_path(
     path:"str|Path", # Where the file shall stand in the end; its folder is made if absent
 ):
-    "Yield a temporary path in the same folder that replaces `path` if the block ends well, and vanishes if it does not"
+    "Yield a temporary path in the same folder; it replaces `path` if the block ends well, and else it vanishes"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -146,11 +147,15 @@ def check_output(
 ) -> Path: # The same place
     "Refuse now what would fail after an hour: raises `GroceryError` if no file can be written at `path`"
     path = Path(path)
-    if path.is_dir(): raise GroceryError(f"The output {path} is a folder; name a file in it, such as {path/'model.pth'}")
-    if path.exists() and not path.is_file(): raise GroceryError(f"The output {path} is no ordinary file; choose another {flag}")
+    if path.is_dir():
+        raise GroceryError(f"The output {path} is a folder; name a file in it, such as {path/'model.pth'}")
+    if path.exists() and not path.is_file():
+        raise GroceryError(f"The output {path} is no ordinary file; choose another {flag}")
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise GroceryError(f"The folder {path.parent} cannot be made ({e.strerror}); choose another {flag}") from e
-    if not os.access(path.parent, os.W_OK): raise GroceryError(f"The folder {path.parent} takes no files; choose another {flag}")
+    except OSError as e:
+        raise GroceryError(f"The folder {path.parent} cannot be made ({e.strerror}); choose another {flag}") from e
+    if not os.access(path.parent, os.W_OK):
+        raise GroceryError(f"The folder {path.parent} takes no files; choose another {flag}")
     return path
 
 # %% ../nbs/90_core.ipynb #20ba668f
@@ -165,7 +170,8 @@ def check_apart(
         for other, (its, other_path) in seen.items():
             shorter = min(len(place), len(its))
             if place[:shorter] != its[:shorter]: continue
-            raise GroceryError(f"{what[0].upper() + what[1:]} {path} meets {other} {other_path}; give one of them another name")
+            raise GroceryError(f"{what[0].upper() + what[1:]} {path} meets {other} {other_path}; give one of them "
+                               f"another name")
         seen[what] = (place, path)
 
 # %% ../nbs/90_core.ipynb #f509b888
@@ -187,5 +193,6 @@ def add_loudness(
 ):
     "The flags --quiet and --verbose, with the one meaning that they have everywhere"
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("-q", "--quiet", action="store_true", help="errors alone, and one line of result on standard output")
+    either.add_argument("-q", "--quiet", action="store_true",
+                        help="errors alone, and one line of result on standard output")
     either.add_argument("-v", "--verbose", action="store_true", help="show the traceback behind an error, too")

@@ -52,13 +52,17 @@ def loaders_for(
     augment:bool=True, # Random crops and flips for the training loader; a probe wants none
     shard:tuple=(0, 1), # (rank, processes), if several train together
 ) -> tuple: # Training and validation loader
-    "Both loaders with the preprocessing that the backbone was trained with, the training photos sized and augmented as the recipe says"
+    "Both loaders, prepared as the backbone wants it; training photos augmented as the recipe says"
     from grocery_nb.data_utils import Augmentation, Preprocessing, get_loaders
     from grocery_nb.model_utils import preprocessing_for
     usual = preprocessing_for(options.backbone)
-    train = {**usual, "size": options.train_size or usual["size"], "resize": options.train_resize or usual["resize"]} if augment else usual
-    recipe = Augmentation(min_area=options.min_area, light=options.light, tint=options.tint) if augment else False
-    return get_loaders(options.batch_size, root, options.label, Preprocessing(**usual), options.seed, options.workers, recipe,
+    given = dict(size=options.train_size, resize=options.train_resize)
+    train = {**usual, **{name: side for name,
+                         side in given.items() if augment and side is not None}}
+    change = Augmentation(min_area=options.min_area, light=options.light, tint=options.tint)
+    recipe = change if augment else False
+    return get_loaders(options.batch_size, root, options.label, Preprocessing(**usual),
+                       options.seed, options.workers, recipe,
                        not options.quiet, shard, Preprocessing(**train))
 
 # %% ../nbs/06_run_training.ipynb #20db9f10
@@ -67,7 +71,8 @@ def feature_source(
 ) -> str: # Changes with photos, labels and preprocessing
     "What cached features depend on besides the backbone"
     from grocery_nb.catalog import data_digest
-    return " ".join(f"{data_digest(loader.dataset.csv)} {loader.dataset.label} {loader.dataset.preprocessing}" for loader in loaders)
+    return " ".join(f"{data_digest(loader.dataset.csv)} {loader.dataset.label} "
+                    f"{loader.dataset.preprocessing}" for loader in loaders)
 
 # %% ../nbs/06_run_training.ipynb #88cd0751
 def identity(
@@ -76,11 +81,13 @@ def identity(
 ) -> dict: # Names and values for a person to read
     "What must be the same when a training is resumed"
     from grocery_nb.catalog import data_digest
-    digests = {f"data ({loader.dataset.csv.stem})": data_digest(loader.dataset.csv) for loader in loaders}
+    digests = {f"data ({loader.dataset.csv.stem})": data_digest(loader.dataset.csv)
+               for loader in loaders}
     own = isinstance(options.weights, Path)
     same = ("recipe", "backbone", "label", "batch_size", "seed", "class_weights")
     return {**digests, "preprocessing": str(loaders[0].dataset.preprocessing),
-            "augmentation": str(loaders[0].dataset.recipe), **{name: getattr(options, name) for name in same},
+            "augmentation": str(loaders[0].dataset.recipe),
+            **{name: getattr(options, name) for name in same},
             "weights": sha256_file(options.weights) if own else options.weights}
 
 # %% ../nbs/06_run_training.ipynb #e01d7e05
@@ -90,7 +97,7 @@ def chosen_precision(
     size:int, # Side of the training images, in pixels
     batch:int=32, # Images a step
 ) -> str: # A precision that `Recipe` knows
-    "What `--precision` says, or what `auto` finds to be fastest on this machine, with a batch of this size"
+    "What `--precision` says, or what `auto` finds to be fastest here, with a batch of this size"
     if options.precision != "auto": return options.precision
     import torch
     from grocery_nb.train_utils import device_of, fastest_precision
@@ -106,9 +113,12 @@ def recipe_settings(
 ) -> dict: # Keywords of `train_model`
     "The fields of `Recipe` that the command line asks for"
     from grocery_nb.train_utils import balanced_weights
-    weights = balanced_weights(dataset.labels, len(dataset.classes)) if options.class_weights == "balanced" else None
-    precision = chosen_precision(options, model, dataset.preprocessing.size, min(options.batch_size, len(dataset)))
-    return {**{name: getattr(options, name) for name in SETTINGS}, "class_weights": weights, "precision": precision}
+    balanced = options.class_weights == "balanced"
+    weights = balanced_weights(dataset.labels, len(dataset.classes)) if balanced else None
+    precision = chosen_precision(options, model, dataset.preprocessing.size,
+                                 min(options.batch_size, len(dataset)))
+    return {**{name: getattr(options, name) for name in SETTINGS}, "class_weights": weights,
+            "precision": precision}
 
 # %% ../nbs/06_run_training.ipynb #1ad3a7d8
 def keeping(
@@ -117,8 +127,10 @@ def keeping(
 ) -> dict: # Keywords of `train_model`
     "Checkpoints, resume and log, as the command line asks for them"
     from grocery_nb.train_utils import JsonLog
-    return dict(checkpoints=beside(options.output, ".checkpoints"), every=options.checkpoint_every, resume=options.resume,
-                identity=identity(options, loaders), callbacks=[JsonLog(options.log)] if options.log else [])
+    return dict(checkpoints=beside(options.output, ".checkpoints"), every=options.checkpoint_every,
+                resume=options.resume,
+                identity=identity(options, loaders),
+                callbacks=[JsonLog(options.log)] if options.log else [])
 
 # %% ../nbs/06_run_training.ipynb #570047e0
 def probing(
@@ -131,7 +143,7 @@ def probing(
 def fit(
     model, # A network from `create_model`
     loaders:tuple, # Training and validation loader
-    probe_loader, # The training photos without augmentation, for a probe before fine-tuning; else None
+    probe_loader, # Training photos without augmentation, for a probe before fine-tuning; or None
     options:argparse.Namespace, # Checked options
 ) -> list: # The history
     "Train as the recipe says: the whole network, its last layer, or one after the other"
@@ -139,10 +151,13 @@ def fit(
     from grocery_nb.training.transfer import finetune, train_probe
     steps = dict(epochs=options.epochs, lr=options.learning_rate, progress=not options.quiet)
     steps |= {**keeping(options, loaders), **recipe_settings(options, model, loaders[0].dataset)}
-    if options.recipe == "scratch": return train_model(model, loaders[0], val_loader=loaders[1], **steps)
+    if options.recipe == "scratch":
+        return train_model(model, loaders[0], val_loader=loaders[1], **steps)
     if options.recipe == "probe":
-        return train_probe(model, *loaders, batch_size=options.batch_size, **probing(loaders), **steps)
-    return finetune(model, *loaders, probe_loader=probe_loader, probe_epochs=options.probe_epochs, keep_probe=options.keep_probe,
+        return train_probe(model, *loaders, batch_size=options.batch_size, **probing(loaders),
+                           **steps)
+    return finetune(model, *loaders, probe_loader=probe_loader, probe_epochs=options.probe_epochs,
+                    keep_probe=options.keep_probe,
                     **probing(loaders), **steps)
 
 # %% ../nbs/06_run_training.ipynb #1a9b6a47
@@ -153,7 +168,8 @@ def processes():
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1: yield 0, 1
     else:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        gpu = torch.cuda.is_available()
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         try: yield torch.distributed.get_rank(), world
         finally: torch.distributed.destroy_process_group()
 
@@ -163,7 +179,7 @@ def unsure_below(
     labels, # (N,) int64
     temperature:float, # Logits are divided by it
     accuracy:float=0.95, # Promised for the answers that are given
-) -> "float|None": # A probability; None where too few photos, or too many mistakes, allow no such promise
+) -> "float|None": # A probability; None where the photos allow no such promise
     "The threshold below which a model had better say that it is unsure"
     from grocery_nb.evaluation import EvaluationError, coverage_curve, threshold_for
     try: return threshold_for(coverage_curve(logits, labels, temperature), accuracy)
@@ -179,15 +195,19 @@ def judge(
 ) -> tuple: # (Evaluation, Hierarchy or None, fields for the model card)
     "All that is to be said of a model on its validation split, and what of it belongs to the card"
     from grocery_nb.evaluation import evaluate_calibration, evaluate_hierarchy, evaluate_logits
-    names, kinds, of = classes.names(label), classes.names("coarse"), list(classes.coarse_of.values())
+    names, kinds = classes.names(label), classes.names("coarse")
+    of = list(classes.coarse_of.values())
     evaluation = evaluate_logits(logits, labels, names)
     calibration = evaluate_calibration(logits, labels, temperature=None, otherwise=1.0)
     threshold = unsure_below(logits, labels, calibration.temperature)
     hierarchy = evaluate_hierarchy(logits, labels, of, names, kinds) if label == "fine" else None
-    metrics = {"split": "val", "digest": digest, **evaluation.metrics(), "calibration": calibration.metrics(),
+    metrics = {"split": "val", "digest": digest, **evaluation.metrics(),
+               "calibration": calibration.metrics(),
                "hierarchy": hierarchy and hierarchy.metrics()}
-    return evaluation, hierarchy, dict(classes=names, label=label, metrics=metrics, temperature=calibration.temperature, threshold=threshold,
-                                       coarse=hierarchy and {"classes": list(kinds.values()), "of": of})
+    return evaluation, hierarchy, dict(classes=names, label=label, metrics=metrics,
+                                       temperature=calibration.temperature, threshold=threshold,
+                                       coarse=hierarchy and {"classes": list(kinds.values()),
+                                                            "of": of})
 
 # %% ../nbs/06_run_training.ipynb #e1a3ea8a
 def new_model(
@@ -195,7 +215,7 @@ def new_model(
     num_classes:int, # Outputs
     rank:int=0, # Of this process
 ): # A network, on its device
-    "The network to train, made from the seed; afterwards each process throws dice of its own, for dropout"
+    "The network to train, made from the seed; then each process throws its own dice, for dropout"
     import torch
     from grocery_nb.model_utils import create_model
     torch.manual_seed(options.seed)
@@ -218,11 +238,13 @@ def keep(
     from grocery_nb.catalog import data_digest, source_name
     from grocery_nb.model_utils import preprocessing_for, save_model
     from grocery_nb.train_utils import predict
-    known = dict(data=source_name(options.data), data_digest=data_digest(root/"train.txt"), history=history, preprocessing=preprocessing_for(options.backbone))
+    known = dict(data=source_name(options.data), data_digest=data_digest(root/"train.txt"),
+                 history=history, preprocessing=preprocessing_for(options.backbone))
     def write(**found):
         if rank == 0: save_model(model, options.output, **known, **found)
     write(classes=classes.names(options.label), label=options.label)
-    evaluation, hierarchy, found = judge(*predict(model, val_loader), classes, options.label, data_digest(root/"val.txt"))
+    evaluation, hierarchy, found = judge(*predict(model, val_loader), classes, options.label,
+                                         data_digest(root/"val.txt"))
     write(**found)
     return evaluation, hierarchy
 
@@ -235,17 +257,20 @@ def train(
     from grocery_nb.catalog import data_dir, load_split, read_classes
     check_network(options)
     root = data_dir(options.data, progress=not options.quiet)
-    classes = read_classes(root/"classes.csv")                                                        # 1 classes
+    classes = read_classes(root/"classes.csv")                                        # 1 classes
     for split in ("train", "val"): load_split(root, split)
     with processes() as (rank, world):
         options.quiet = options.quiet or rank > 0
-        if options.why and not options.quiet: print(f"Recipe: {options.recipe}, since {options.why}", file=sys.stderr)
+        if options.why and not options.quiet:
+            print(f"Recipe: {options.recipe}, since {options.why}", file=sys.stderr)
         probe_first = options.recipe == "finetune" and options.probe_epochs
-        probe_loader = loaders_for(options, root, augment=False)[0] if probe_first else None          # 2 data
+        probe_loader = loaders_for(options, root,
+                                   augment=False)[0] if probe_first else None  # 2 data
         loaders = loaders_for(options, root, augment=options.recipe != "probe", shard=(rank, world))
-        model = new_model(options, len(classes.names(options.label)), rank)                           # 3 model
-        history = fit(model, loaders, probe_loader, options)                                          # 4 training
-        evaluation, hierarchy = keep(model, loaders[1], classes, history, root, options, rank)        # 5 and 6
+        model = new_model(options, len(classes.names(options.label)), rank)           # 3 model
+        history = fit(model, loaders, probe_loader, options)                          # 4 training
+        evaluation, hierarchy = keep(model, loaders[1], classes, history, root,
+                                     options, rank)                                   # 5 and 6
     return Run(model, history, evaluation, hierarchy, options.output)
 
 # %% ../nbs/06_run_training.ipynb #7d8ca590
@@ -255,14 +280,17 @@ def summary(
 ) -> str: # Three lines, or one
     "What came out of a training, and where it is"
     accuracy = f"Validation accuracy: {run.evaluation.top1:.1%}"
-    return accuracy if quiet else f"{accuracy}\nWeights: {run.output}\nCard: {beside(run.output, '.json')}"
+    card = beside(run.output, ".json")
+    return accuracy if quiet else f"{accuracy}\nWeights: {run.output}\nCard: {card}"
 
 # %% ../nbs/06_run_training.ipynb #fccbb5e9
 def main(
     arguments:"list|None"=None, # Command line without the program's name; `sys.argv` if absent
 ) -> int: # Exit code
     "Train as the command line says; exit code 2 and one sentence for a mistake of the user"
-    parser = add_arguments(argparse.ArgumentParser(prog="run_training", description="Train a grocery classifier in the course's six steps"))
+    parser = add_arguments(argparse.ArgumentParser(prog="run_training",
+                                                   description="Train a grocery classifier in the "
+                                                   "course's six steps"))
     options = parser.parse_args(arguments)
     try: run = train(options)
     except GroceryError as e:

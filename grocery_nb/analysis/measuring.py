@@ -87,7 +87,7 @@ def measure(
     from grocery_nb.analysis.scores import evaluate_logits
     from grocery_nb.catalog import data_digest, load_split, read_classes
     from grocery_nb.data.pictures import Preprocessing
-    from grocery_nb.data_utils import CachedDataset
+    from grocery_nb.data.pixels import CachedDataset
     from grocery_nb.training.judging import predict
     from grocery_nb.training.model_files import load_model
     model = load_model(None, model_path)
@@ -95,6 +95,9 @@ def measure(
     if card is None:
         raise GroceryError(f"{model_path} has no card, so that nobody knows what its numbers mean; copy its .json "
                            f"beside it")
+    if card.label is None:
+        raise GroceryError(f"The card of {model_path} does not say whether its classes are fine or coarse; save it "
+                           f"with label=")
     root, called = data_folder(card, model_path, data), str(card.data if data is None else data)
     classes = read_classes(root/"classes.csv")
     names = list(classes.names(card.label).values())

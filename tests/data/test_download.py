@@ -320,7 +320,7 @@ HOSTILE = {
     "drive": ("C:/evil.txt", b"x", "leads out of the folder"),
     "backslashes": (f"{TOP}\\..\\..\\evil.txt", b"x", "backslashes"),
     "symbolic link": (link(f"{TOP}/dataset/train/Fruit/link"), b"/etc", "is a symbolic link"),
-    "bomb": (f"{TOP}/dataset/train/Fruit/bomb.jpg", bytes((32 << 20) + 1), "would unpack to 32 MB"),
+    "bomb": (f"{TOP}/dataset/train/Fruit/bomb.jpg", bytes((32 << 20) + 1), "unpacks to 32 MB"),
     "file for a folder": (f"{TOP}/dataset/train/Fruit/Kiwi/Kiwi_001.jpg/x.jpg", b"x", "."),
 }
 
