@@ -50,8 +50,10 @@ def test_notebook_is_clean(copy, path):
     assert (copy / "nbs" / path.name).read_bytes() == path.read_bytes(), "run `make export`"
 
 
-# A scene is composed in one go: its functions have six lines of parameters and a dozen of drawing; cut in two they would read worse.
-ALLOWED = {"80g_scenes": ["median exported cell: 13.0 lines, budget 10"]}
+# What is over the budget, with its reason: a scene is composed in one go, with six lines of parameters and a dozen of drawing; an option takes a
+# line, and the steps of a run hand on what was asked for. Cut in two they would read worse.
+ALLOWED = {"80g_scenes": ["median exported cell: 13.0 lines, budget 10"], "06_run_training": ["median exported cell: 13.0 lines, budget 10"],
+           "06b_options": ["median exported cell: 11 lines, budget 10"]}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids(NOTEBOOKS))
@@ -59,14 +61,9 @@ def test_notebook_keeps_the_budget(path):
     assert violations(load(path)) == ALLOWED.get(path.stem, [])
 
 
-# Notebooks that have not been reworked for JupyterLab yet; must be empty in the end.
-NOT_REWORKED = {"01_catalog", "02_data", "04j_transfer",
-                "06_run_training", "06b_options", "90_core", "91_cli"}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids(NOTEBOOKS))
 def test_notebook_reads_well_as_it_stands(path):
-    if path.stem not in NOT_REWORKED: assert in_jupyterlab(load(path), path.name) == []
+    assert in_jupyterlab(load(path), path.name) == []
 
 
 def cells(*sources, **more) -> dict:
@@ -140,10 +137,9 @@ def test_budget_sees_a_proof_only_before_the_next_export():
 
 
 @pytest.fixture
-def planted(tmp_path, monkeypatch):
+def planted(tmp_path):
     "Make a package of planted modules: keyword `data__rows` is `data/rows.py`"
     def make(**sources):
-        monkeypatch.setattr(rooms, "NOT_MOVED", set())
         for name, text in sources.items():
             path = tmp_path / rooms.PACKAGE / f"{name.replace('__', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
