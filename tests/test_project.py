@@ -59,14 +59,9 @@ def test_notebook_keeps_the_budget(path):
     assert violations(load(path)) == ALLOWED.get(path.stem, [])
 
 
-# Notebooks that have not been reworked for JupyterLab yet; must be empty in the end.
-NOT_REWORKED = {"01_catalog", "02_data", "02a_pictures", "03_model", "03a_backbones", "03b_model_files", "04j_transfer",
-                "06_run_training", "06b_options", "90_core", "91_cli"}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids(NOTEBOOKS))
 def test_notebook_reads_well_as_it_stands(path):
-    if path.stem not in NOT_REWORKED: assert in_jupyterlab(load(path), path.name) == []
+    assert in_jupyterlab(load(path), path.name) == []
 
 
 def cells(*sources, **more) -> dict:
@@ -140,10 +135,9 @@ def test_budget_sees_a_proof_only_before_the_next_export():
 
 
 @pytest.fixture
-def planted(tmp_path, monkeypatch):
+def planted(tmp_path):
     "Make a package of planted modules: keyword `data__rows` is `data/rows.py`"
     def make(**sources):
-        monkeypatch.setattr(rooms, "NOT_MOVED", set())
         for name, text in sources.items():
             path = tmp_path / rooms.PACKAGE / f"{name.replace('__', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
