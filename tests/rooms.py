@@ -41,7 +41,7 @@ CHAPTERS = {
 # Modules and rooms that load torch when they are imported. Everything else does not.
 WITH_TORCH = {"training", "data.pixels", "data_utils", "model_utils", "train_utils", "scaling", "generative"}
 LINES, MOST_LINES = 400, 520
-LONG = {"synthetic": "one data set: its classes, its options, its writer and its manifest"}  # module: why it is longer than LINES
+LONG = {"synthetic": "options, splits, manifest and writing of one data set; all that draws has left it"}  # module: why it is longer than LINES
 
 
 class Import(NamedTuple):
