@@ -41,8 +41,6 @@ from .analysis.intervals import bootstrap_interval, share_interval, wilson_inter
 
 # %% ../nbs/05_evaluation.ipynb #0e6e86f8
 from .analysis.metrics import class_names, confusion_matrix, percent, span
-
-# %% ../nbs/05_evaluation.ipynb #c15b0827
 from .analysis.scores import ClassScore, confusion_rates, macro, per_class_table
 
 # %% ../nbs/05_evaluation.ipynb #2bfd5995
