@@ -49,7 +49,7 @@ def start_weights(text:str)->"str|Path": # From the command line; "none", "image
     "A type for `argparse`: what a network starts from"
     if text in ("none", "imagenet"): return text
     path = user_path(text)
-    if path.is_file(): return path
+    if os.path.isfile(path): return path  # false, where Path.is_file fails, for a name that is too long
     raise BadPath(f"{str(text)!r} is neither none nor imagenet nor a file; name the weights of a model, such "
                   f"as model.pth")
 
