@@ -105,9 +105,10 @@ def cache_dir(
                            "set GROCERY_CACHE_DIR to a folder that you may write to") from e
     return folder
 
-# %% ../nbs/90_core.ipynb #92451b95
+# %% ../nbs/90_core.ipynb #8d1757c9
 import argparse
 
+# %% ../nbs/90_core.ipynb #92451b95
 class BadPath(GroceryError, argparse.ArgumentTypeError):
     "What was given is no path"
 

@@ -6,20 +6,22 @@
 __all__ = ['build_model', 'create_model', 'DEVICE', 'ModelCard', 'ModelConfig', 'ModelError', 'load_model', 'preprocessing_for',
            'read_card', 'save_model', 'split_head']
 
-# %% ../nbs/03_model.ipynb #2ff82166
+# %% ../nbs/03_model.ipynb #417b2c89
 from .core import needs
 
+# %% ../nbs/03_model.ipynb #2ff82166
 with needs("train"):
     import torch
     from torch import nn
     from torchvision.models import mobilenet_v3_small
 
-# %% ../nbs/03_model.ipynb #4faec43f
+# %% ../nbs/03_model.ipynb #98e222df
 from .training.backbones import (
     DEVICE, ModelConfig, ModelError, as_config, assemble, is_own, preprocessing_for, split_head)
 from .training.cards import ModelCard
 from .training.model_files import load_model, read_card, save_model, start_from
 
+# %% ../nbs/03_model.ipynb #4faec43f
 _all_ = ["DEVICE", "ModelCard", "ModelConfig", "ModelError", "load_model", "preprocessing_for",
          "read_card", "save_model", "split_head"]
 

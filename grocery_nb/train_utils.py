@@ -16,11 +16,12 @@ from .training.loop import fastest_precision
 from .training.precision import device_of, to_device
 from .training.recipes import Recipe, TrainError, balanced_weights
 
-# %% ../nbs/04_training.ipynb #6425e5a3
+# %% ../nbs/04_training.ipynb #f365b5ec
 from .training.judging import (
     NO_BATCH, check_batch, check_outputs, evaluating, predict, validate)
 from .training.running import Callback, JsonLog, fit
 
+# %% ../nbs/04_training.ipynb #6425e5a3
 with needs("train"):
     import torch
     from torch import nn

@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 from ..core import GroceryError, atomic_path, atomic_write, cache_dir, needs, sha256_file
 from .augmentation import Augmentation, augment
 
-# %% ../../nbs/02d_pixels.ipynb #c3bfdb78
+# %% ../../nbs/02d_pixels.ipynb #62b94059
 from .digests import data_digest
 from .pictures import (
     FILTERS, Preprocessing, crop, crop_start, normalize, open_image, preprocess, scaled_size)
 from .rows import DataError, classes_beside, read_index, short
 from .sampling import split_index
 
+# %% ../../nbs/02d_pixels.ipynb #c3bfdb78
 with needs("train"):
     import torch
     from torch.utils.data import DataLoader, Dataset

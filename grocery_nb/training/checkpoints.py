@@ -17,14 +17,14 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# %% ../../nbs/04b_checkpoints.ipynb #f04d528f
+# %% ../../nbs/04b_checkpoints.ipynb #f42c7d1f
 import numpy as np
 from filelock import FileLock, Timeout
-
 from ..core import atomic_path, needs
 from .states import (
     CheckpointError, content_digest, portable, random_state, read_state, set_random_state, write_state)
 
+# %% ../../nbs/04b_checkpoints.ipynb #f04d528f
 with needs("train"):
     import torch
     from torch import nn

@@ -6,14 +6,14 @@
 __all__ = ['NO_BATCH', 'MORE', 'check_labels', 'check_batch', 'check_outputs', 'evaluating', 'predict', 'validate', 'check_loss',
            'single_values']
 
-# %% ../../nbs/04f_judging.ipynb #311831e9
+# %% ../../nbs/04f_judging.ipynb #818fac2b
 import math
 from contextlib import contextmanager
-
 from ..core import needs
 from .precision import device_of, to_device
 from .recipes import TrainError
 
+# %% ../../nbs/04f_judging.ipynb #311831e9
 with needs("train"):
     import torch
     from torch import nn

@@ -6,13 +6,13 @@
 __all__ = ['loss_sum', 'divisor', 'last_linear', 'make_optimizer', 'lr_factor', 'onecycle_rise', 'make_schedule', 'cut_box',
            'mix_batch', 'ema_decay', 'make_ema']
 
-# %% ../../nbs/04d_optimization.ipynb #7b1a9d47
+# %% ../../nbs/04d_optimization.ipynb #baba7181
 import functools
 import math
-
 from ..core import needs
 from .recipes import Recipe, TrainError
 
+# %% ../../nbs/04d_optimization.ipynb #7b1a9d47
 with needs("train"):
     import torch
     from torch import nn

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'device_of', 'to_device', 'reuse_memory', 'precision_context']
 
-# %% ../../nbs/04e_precision.ipynb #0ca344f0
+# %% ../../nbs/04e_precision.ipynb #93c06e5c
 import ctypes
 import functools
 from contextlib import nullcontext
-
 from ..core import needs
 
+# %% ../../nbs/04e_precision.ipynb #0ca344f0
 with needs("train"):
     import torch
     from torch import nn

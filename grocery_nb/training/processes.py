@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['rank_and_world', 'add_up', 'gathered', 'from_first']
 
-# %% ../../nbs/04g_processes.ipynb #bab2eabe
+# %% ../../nbs/04g_processes.ipynb #9d62cb3e
 from ..core import needs
 
+# %% ../../nbs/04g_processes.ipynb #bab2eabe
 with needs("train"):
     import torch
     from torch import distributed

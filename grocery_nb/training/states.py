@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 
-# %% ../../nbs/04a_states.ipynb #6b397169
+# %% ../../nbs/04a_states.ipynb #b72639f0
 import numpy as np
-
 from ..core import GroceryError, atomic_write, needs
 
+# %% ../../nbs/04a_states.ipynb #6b397169
 with needs("train"):
     import torch
     from torch import nn
