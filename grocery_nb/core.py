@@ -105,7 +105,7 @@ def cache_dir(
                            "set GROCERY_CACHE_DIR to a folder that you may write to") from e
     return folder
 
-# %% ../nbs/90_core.ipynb #8d1757c9
+# %% ../nbs/90_core.ipynb #048e3fb9
 import argparse
 
 # %% ../nbs/90_core.ipynb #92451b95

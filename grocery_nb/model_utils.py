@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'create_model', 'DEVICE', 'ModelCard', 'ModelConfig', 'ModelError', 'load_model', 'preprocessing_for',
            'read_card', 'save_model', 'split_head']
 
-# %% ../nbs/03_model.ipynb #417b2c89
+# %% ../nbs/03_model.ipynb #62230ffb
 from .core import needs
 
 # %% ../nbs/03_model.ipynb #2ff82166
@@ -15,7 +15,7 @@ with needs("train"):
     from torch import nn
     from torchvision.models import mobilenet_v3_small
 
-# %% ../nbs/03_model.ipynb #98e222df
+# %% ../nbs/03_model.ipynb #3976767c
 from .training.backbones import (
     DEVICE, ModelConfig, ModelError, as_config, assemble, is_own, preprocessing_for, split_head)
 from .training.cards import ModelCard

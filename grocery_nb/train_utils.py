@@ -16,7 +16,7 @@ from .training.loop import fastest_precision
 from .training.precision import device_of, to_device
 from .training.recipes import Recipe, TrainError, balanced_weights
 
-# %% ../nbs/04_training.ipynb #f365b5ec
+# %% ../nbs/04_training.ipynb #12a6b24a
 from .training.judging import (
     NO_BATCH, check_batch, check_outputs, evaluating, predict, validate)
 from .training.running import Callback, JsonLog, fit

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..core import GroceryError, atomic_path, atomic_write, cache_dir, needs, sha256_file
 from .augmentation import Augmentation, augment
 
-# %% ../../nbs/02d_pixels.ipynb #62b94059
+# %% ../../nbs/02d_pixels.ipynb #94a91961
 from .digests import data_digest
 from .pictures import (
     FILTERS, Preprocessing, crop, crop_start, normalize, open_image, preprocess, scaled_size)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# %% ../../nbs/04b_checkpoints.ipynb #f42c7d1f
+# %% ../../nbs/04b_checkpoints.ipynb #554d5de7
 import numpy as np
 from filelock import FileLock, Timeout
 from ..core import atomic_path, needs

@@ -6,7 +6,7 @@
 __all__ = ['NO_BATCH', 'MORE', 'check_labels', 'check_batch', 'check_outputs', 'evaluating', 'predict', 'validate', 'check_loss',
            'single_values']
 
-# %% ../../nbs/04f_judging.ipynb #818fac2b
+# %% ../../nbs/04f_judging.ipynb #b8514c91
 import math
 from contextlib import contextmanager
 from ..core import needs

@@ -6,7 +6,7 @@
 __all__ = ['loss_sum', 'divisor', 'last_linear', 'make_optimizer', 'lr_factor', 'onecycle_rise', 'make_schedule', 'cut_box',
            'mix_batch', 'ema_decay', 'make_ema']
 
-# %% ../../nbs/04d_optimization.ipynb #baba7181
+# %% ../../nbs/04d_optimization.ipynb #8b9c609a
 import functools
 import math
 from ..core import needs

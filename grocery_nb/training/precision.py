@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'device_of', 'to_device', 'reuse_memory', 'precision_context']
 
-# %% ../../nbs/04e_precision.ipynb #93c06e5c
+# %% ../../nbs/04e_precision.ipynb #12aaebab
 import ctypes
 import functools
 from contextlib import nullcontext

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_and_world', 'add_up', 'gathered', 'from_first']
 
-# %% ../../nbs/04g_processes.ipynb #9d62cb3e
+# %% ../../nbs/04g_processes.ipynb #c0893123
 from ..core import needs
 
 # %% ../../nbs/04g_processes.ipynb #bab2eabe

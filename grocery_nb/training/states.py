@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 
-# %% ../../nbs/04a_states.ipynb #b72639f0
+# %% ../../nbs/04a_states.ipynb #f6cf1482
 import numpy as np
 from ..core import GroceryError, atomic_write, needs
 
