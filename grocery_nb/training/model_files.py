@@ -8,6 +8,7 @@ __all__ = ['weights_bytes', 'make_card', 'card_path', 'waiting_path', 'waiting_c
            'wanted_config', 'misfits', 'fill', 'load_model', 'same_classes', 'start_from']
 
 # %% ../../nbs/03c_model_files.ipynb #a53b12cc
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..core import needs
@@ -316,7 +317,6 @@ def same_classes(
     return card.num_classes == num_classes and (not names or not card.classes or names == card.classes)
 
 # %% ../../nbs/03c_model_files.ipynb #261c36d7
-from collections.abc import Iterable
 from dataclasses import replace
 
 from .backbones import replace_head
