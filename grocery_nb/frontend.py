@@ -370,7 +370,10 @@ def make_ui_server(
     port:int=8050, # 0: a free one
     api_url:"str|None"=None, # The backend's address; None: API_URL
 ): # A werkzeug server: `serve_forever()`, `shutdown()`, `port`
-    "A server for the page, listening but not yet answering; ServeError if the port is taken"
+    "A server for the page, not answering yet; ServeError if the port is taken, RequestError if the address is none"
+    url = address(api_url)
+    try: requests.Session().get_adapter(requests.Request("GET", url).prepare().url)
+    except requests.RequestException as e: raise no_response(e, url) from e
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try: listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as e:

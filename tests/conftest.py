@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +48,20 @@ def grocery(tmp_path):
     def run(*arguments, **environment):
         return subprocess.run([str(Path(sys.executable).with_name("grocery")), *map(str, arguments)], cwd=tmp_path,
                               capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    "The command in this process, which has torch in memory already; returns what a finished process would"
+    from grocery_nb.cli import main
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capfd.readouterr()
+        try: code = main([str(argument) for argument in arguments])
+        except SystemExit as usage: code = usage.code
+        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capfd.readouterr())))
     return run
 
 

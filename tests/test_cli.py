@@ -8,25 +8,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 QUICK = ("--epochs", "1", "--quiet", "--batch-size", "16")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capfd):
-    "The command in this process, which has torch in memory already; returns what a finished process would"
-    from grocery_nb.cli import main
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capfd.readouterr()
-        try: code = main([str(argument) for argument in arguments])
-        except SystemExit as usage: code = usage.code
-        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capfd.readouterr())))
-    return run
 
 
 @pytest.fixture
@@ -190,8 +175,8 @@ def test_model_without_a_card(here, trained, tmp_path):
 def test_unfinished_training_is_not_overwritten(here, tiny, caches, tmp_path):
     from grocery_nb.training.checkpoints import CheckpointFolder
     assert here("train", "--data", tiny, *QUICK).returncode == 0
-    path, state = CheckpointFolder(tmp_path / "model.checkpoints").newest()
-    CheckpointFolder(tmp_path / "model.checkpoints").save({**state, "finished": False}, state["total_steps"] + 1)
+    path, state = CheckpointFolder(tmp_path / "model.pth.checkpoints").newest()
+    CheckpointFolder(tmp_path / "model.pth.checkpoints").save({**state, "finished": False}, state["total_steps"] + 1)
     refused(here("train", "--data", tiny, *QUICK), "not finished", "--resume")
     refused(here("train", "--data", tiny, *QUICK, "--resume", "--learning-rate", 0.5), "learning rate", "0.001", "0.5")
     assert here("train", "--data", tiny, *QUICK, "--resume").returncode == 0
@@ -243,7 +228,7 @@ def test_demo(grocery, tmp_path):
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"Test accuracy: ([\d.]+)%", done.stdout)[1])
     assert 85 <= accuracy < 100
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"model.pth", "model.pth.json", "report.html"}  # a probe takes seconds and keeps no checkpoints
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"model.pth", "model.pth.json", "model.pth.checkpoints", "report.html"}
 
 
 @pytest.mark.slow

@@ -5,27 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 QUICK = ("--epochs", "1", "--batch-size", "16")
 NASTY = "gr öße (1) it's $HOME & co"
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capfd):
-    "The command in this process, in an empty folder; returns what a finished process would"
-    from grocery_nb.cli import main
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capfd.readouterr()
-        try: code = main([str(argument) for argument in arguments])
-        except SystemExit as usage: code = usage.code
-        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capfd.readouterr())))
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(lab, tmp_path):
 
 def test_the_front_end_asks_the_backend(lab, models, tiny):
     from servers import running
-    with running(models, MODEL_PATH=next(models.glob("*.onnx")), DATA=tiny) as backend:
+    with running(models, MODEL_PATH=models / "model.onnx", DATA=tiny) as backend:
         done = lab("ask.py", backend.url)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["image/jpeg", "True", "400"]
