@@ -130,7 +130,7 @@ def evaluate_command(options:argparse.Namespace): # model, data, split, json, re
     check_page(page, "--report", options.model)
     measured = measure(options.model, options.data, options.split)
     conditions = under_conditions(options.model) if options.robustness else None
-    tell(measured)
+    if not options.quiet: tell(measured)
     if page is not None: report(measured, page, conditions)
     if options.json: print(json.dumps(figures(measured, conditions), indent=1))
     elif options.quiet: print(f"Accuracy ({options.split}): {told(measured.evaluation)}")
@@ -144,7 +144,7 @@ def compare_command(options:argparse.Namespace): # a, b, data, split, json, outp
     page = Path("comparison.html") if options.output is None and not options.json else options.output
     check_page(page, "--output", options.a, options.b)
     compared = compare(options.a, options.b, options.data, options.split)
-    tell(compared.a, compared.b)
+    if not options.quiet: tell(compared.a, compared.b)
     if page is not None: comparison_report(compared, page)
     if options.json:
         print(json.dumps({"split": options.split, "level": compared.level, **vars(compared.mcnemar)}, indent=1))
@@ -155,7 +155,7 @@ def report_command(options:argparse.Namespace): # model, data, split, output, qu
     "Measure a model file and write the HTML report"
     check_page(options.output, "--output", options.model)
     measured = measure(options.model, options.data, options.split)
-    tell(measured)
+    if not options.quiet: tell(measured)
     say(options, f"Report: {report(measured, options.output)}")
 
 # %% ../nbs/91_cli.ipynb #2c9e7b93

@@ -234,9 +234,9 @@ def timm_backbone(
     "Look a network up in timm; `ModelError` for a name that timm does not know, or pictures that we cannot make"
     timm = the_timm()
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ModelError(f"timm {timm.__version__} has no network "
-                         f"{name!r}{f'; did you mean {chr(44).join(close)}?' if close else ''}")
+        close = " or ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        raise ModelError(f"timm {timm.__version__} has no network {name!r}"
+                         f"{f'; did you mean {close}?' if close else ''}")
     config = timm.get_pretrained_cfg(name)
     found = timm.data.resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
     channels, height, width = found["input_size"]

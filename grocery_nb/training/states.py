@@ -194,7 +194,7 @@ def content_digest(
     return digest.hexdigest()
 
 # %% ../../nbs/04a_states.ipynb #daa069ee
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1 kept the loader's generator elsewhere
 STAMP = "__checkpoint__"  # reserved key of a file: format and digest
 
 def write_state(
@@ -253,18 +253,19 @@ def check_stamp(
     stamp:object, # What stands under `STAMP`, or None
     path:"str|Path", # The file, for errors
 ) -> None:
-    "Refuse with a `CheckpointError` a file without a digest, and one of a newer format"
+    "Refuse with a `CheckpointError` a file without a digest, and one of another format"
     if not isinstance(stamp, dict) or type(stamp.get("format")) is not int:
         raise CheckpointError(f"{path} has no digest; use a file that save_checkpoint wrote")
-    if stamp["format"] > CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} has format {stamp['format']}, newer than this grocery-nb reads; upgrade "
-                              "grocery-nb")
+    if stamp["format"] != CHECKPOINT_FORMAT:
+        age, advice = (("newer", "upgrade grocery-nb") if stamp["format"] > CHECKPOINT_FORMAT else
+                       ("older", "end that training with the grocery-nb that began it, or begin anew"))
+        raise CheckpointError(f"{path} has format {stamp['format']}, {age} than this grocery-nb reads; {advice}")
 
 # %% ../../nbs/04a_states.ipynb #2eb72509
 def read_state(
     path:"str|Path", # Written by `write_state`
 ) -> dict: # The state, on the CPU
-    "Read a state and verify its digest; `CheckpointError` for a file that is missing, damaged, foreign or newer"
+    "Read a state and verify its digest; `CheckpointError` for a missing, damaged or foreign file, or another format"
     try: data = Path(path).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"There is no checkpoint {path}; name one that exists, or start anew") from None

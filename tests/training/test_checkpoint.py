@@ -21,7 +21,7 @@ from grocery_nb.training import checkpoints
 from grocery_nb.training.checkpoints import (
     CheckpointFolder, check_same, load_checkpoint, restore_state, save_checkpoint, second_name, training_state)
 from grocery_nb.training.states import (
-    STAMP, CheckpointError, content_digest, portable, random_state, read_state, set_random_state, write_state)
+    CHECKPOINT_FORMAT, STAMP, CheckpointError, content_digest, portable, random_state, read_state, set_random_state, write_state)
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which Windows has not")
 
@@ -367,7 +367,7 @@ def deep() -> list:
 
 def deep_pickle() -> bytes:
     "A file whose state is nested deeper than any function may call itself; torch.save cannot write it"
-    stamp = b"X" + len(STAMP).to_bytes(4, "little") + STAMP.encode() + b"}X\x06\x00\x00\x00formatK\x01ss"
+    stamp = b"X" + len(STAMP).to_bytes(4, "little") + STAMP.encode() + b"}X\x06\x00\x00\x00formatK" + bytes([CHECKPOINT_FORMAT]) + b"ss"
     body = b"\x80\x02}X\x01\x00\x00\x00a" + b"]" * 5000 + b"a" * 4999 + b"s" + stamp + b"."
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(torch_bytes({}))) as old, zipfile.ZipFile(buffer, "w") as new:
@@ -376,7 +376,7 @@ def deep_pickle() -> bytes:
 
 
 def stamped(state: dict, **stamp) -> bytes:
-    return torch_bytes({**state, STAMP: {"format": 1, "sha256": content_digest(state), **stamp}})
+    return torch_bytes({**state, STAMP: {"format": CHECKPOINT_FORMAT, "sha256": content_digest(state), **stamp}})
 
 
 BAD = {  # name: (contents made from a good file, words that the sentence must hold)
@@ -398,12 +398,13 @@ BAD = {  # name: (contents made from a good file, words that the sentence must h
     "a list": (lambda good: torch_bytes([1, 2]), "has no digest"),
     "a stamp of another kind": (lambda good: torch_bytes({STAMP: 3}), "has no digest"),
     "a stamp without a number": (lambda good: stamped({"a": 1}, format="1"), "has no digest"),
-    "a newer format": (lambda good: stamped({"a": 1}, format=2), "upgrade grocery-nb"),
+    "a newer format": (lambda good: stamped({"a": 1}, format=CHECKPOINT_FORMAT + 1), "upgrade grocery-nb"),
+    "an older format": (lambda good: stamped({"a": 1}, format=1), "older than this grocery-nb reads"),
     "another digest": (lambda good: stamped({"a": 1}, sha256="0" * 64), "is damaged: its contents"),
-    "no digest in the stamp": (lambda good: torch_bytes({"a": 1, STAMP: {"format": 1}}), "is damaged: its contents"),
-    "a stride of 0": (lambda good: torch_bytes({"a": torch.zeros(1).expand(10**12), STAMP: {"format": 1}}), "is damaged: its contents"),
-    "a list that doubles": (lambda good: torch_bytes({"a": doubled(), STAMP: {"format": 1}}), "is damaged: its contents"),
-    "a sparse tensor": (lambda good: torch_bytes({"a": torch.eye(2).to_sparse(), STAMP: {"format": 1}}), "is damaged: its contents"),
+    "no digest in the stamp": (lambda good: torch_bytes({"a": 1, STAMP: {"format": CHECKPOINT_FORMAT}}), "is damaged: its contents"),
+    "a stride of 0": (lambda good: torch_bytes({"a": torch.zeros(1).expand(10**12), STAMP: {"format": CHECKPOINT_FORMAT}}), "is damaged: its contents"),
+    "a list that doubles": (lambda good: torch_bytes({"a": doubled(), STAMP: {"format": CHECKPOINT_FORMAT}}), "is damaged: its contents"),
+    "a sparse tensor": (lambda good: torch_bytes({"a": torch.eye(2).to_sparse(), STAMP: {"format": CHECKPOINT_FORMAT}}), "is damaged: its contents"),
     "too deep": (lambda good: deep_pickle(), "is damaged: its contents"),
 }
 
