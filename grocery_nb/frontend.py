@@ -370,7 +370,7 @@ def make_ui_server(
     port:int=8050, # 0: a free one
     api_url:"str|None"=None, # The backend's address; None: API_URL
 ): # A werkzeug server: `serve_forever()`, `shutdown()`, `port`
-    "A server for the page, not answering yet; ServeError if the port is taken, RequestError if the address is none"
+    "The server of the page, silent yet; ServeError: port taken, RequestError: no web address"
     url = address(api_url)
     try: requests.Session().get_adapter(requests.Request("GET", url).prepare().url)
     except requests.RequestException as e: raise no_response(e, url) from e
