@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 from conftest import NOTEBOOKS
-from course_line import HOURS, budget_faults, chapters, load, opening_faults, point_faults, points, unexplained
+from course_line import HOURS, budget_faults, chapters, load, opening_faults, opening_minutes, point_faults, points, unexplained
 from style_budget import kind, minutes
 
 CHAPTERS = [pytest.param(path, id=path.stem) for path in chapters()]
-LONGER = [pytest.param(path, id=path.stem) for path in NOTEBOOKS if kind(path.name) != "chapter" and "you can explain**" in path.read_text(encoding="utf-8")]
+LONGER = [pytest.param(path, id=path.stem) for path in NOTEBOOKS if kind(path.name) != "chapter" and opening_minutes(load(path))]
 
 
 @pytest.mark.parametrize("path", CHAPTERS)
