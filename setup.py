@@ -16,6 +16,7 @@ def lines(key: str) -> list:
 
 
 extras = {name: lines(f"{name}_requirements") for name in settings["extras"].split()}
+apart = {name: lines(f"{name}_requirements") for name in settings["extras_apart"].split()}
 extras["all"] = sorted({requirement for extra in extras.values() for requirement in extra})
 extras["dev"] = extras["all"] + lines("dev_requirements")
 
@@ -36,7 +37,7 @@ setup(
     package_data={"grocery_nb": ["assets/**"]},
     python_requires=">=" + settings["min_python"],
     install_requires=lines("requirements"),
-    extras_require=extras,
+    extras_require={**extras, **apart},
     entry_points={
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],

@@ -6,16 +6,17 @@
 __all__ = ['accuracy', 'topk_accuracy', 'EvaluationError', 'checked', 'topk_hits', 'bootstrap_interval', 'share_interval',
            'wilson_interval', 'class_names', 'confusion_matrix', 'percent', 'span', 'ClassScore', 'confusion_rates',
            'macro', 'per_class_table', 'Evaluation', 'evaluate_logits', 'top_confusions', 'Mistake', 'gallery',
-           'softmax', 'worst_mistakes', 'Calibration', 'Coverage', 'coverage_curve', 'evaluate_calibration',
-           'expected_calibration_error', 'fit_temperature', 'nll', 'reliability', 'scaled', 'threshold_for', 'McNemar',
-           'mcnemar', 'robustness_table', 'robustness_text', 'Hierarchy', 'coarse_logits', 'evaluate_hierarchy']
+           'softmax', 'worst_mistakes', 'class_gallery', 'gallery_app', 'mistake_row', 'Calibration', 'Coverage',
+           'coverage_curve', 'evaluate_calibration', 'expected_calibration_error', 'fit_temperature', 'nll',
+           'reliability', 'scaled', 'threshold_for', 'McNemar', 'mcnemar', 'robustness_table', 'robustness_text',
+           'Hierarchy', 'coarse_logits', 'evaluate_hierarchy']
 
-# %% ../nbs/05_evaluation.ipynb #901c63df
+# %% ../nbs/05_evaluation.ipynb #469ae767
 import numpy as np
 
 from .analysis.metrics import EvaluationError, checked
 
-# %% ../nbs/05_evaluation.ipynb #603e7049
+# %% ../nbs/05_evaluation.ipynb #da4a2dec
 def accuracy(
     logits:np.ndarray, # (N, C)
     labels:np.ndarray, # (N,) class ids
@@ -24,10 +25,10 @@ def accuracy(
     logits, labels = checked(logits, labels)
     return float((logits.argmax(axis=1) == labels).mean())
 
-# %% ../nbs/05_evaluation.ipynb #dfe4e0f8
+# %% ../nbs/05_evaluation.ipynb #353b9233
 from .analysis.metrics import topk_hits
 
-# %% ../nbs/05_evaluation.ipynb #dd86b0be
+# %% ../nbs/05_evaluation.ipynb #327cdd27
 def topk_accuracy(
     logits:np.ndarray, # (N, C)
     labels:np.ndarray, # (N,) class ids
@@ -36,37 +37,33 @@ def topk_accuracy(
     "The share of photos whose class is among the k highest logits"
     return float(topk_hits(logits, labels, k).mean())
 
-# %% ../nbs/05_evaluation.ipynb #78b4de95
+# %% ../nbs/05_evaluation.ipynb #0ab45370
 from .analysis.intervals import bootstrap_interval, share_interval, wilson_interval
 
-# %% ../nbs/05_evaluation.ipynb #0e6e86f8
+# %% ../nbs/05_evaluation.ipynb #d393e93d
 from .analysis.metrics import class_names, confusion_matrix, percent, span
 from .analysis.scores import ClassScore, confusion_rates, macro, per_class_table
 
-# %% ../nbs/05_evaluation.ipynb #2bfd5995
+# %% ../nbs/05_evaluation.ipynb #0b251ded
 from .analysis.scores import Evaluation, evaluate_logits, top_confusions
 
-# %% ../nbs/05_evaluation.ipynb #ab1d9a0e
+# %% ../nbs/05_evaluation.ipynb #68d11dcc
+from .analysis.gallery import class_gallery, gallery_app, mistake_row
 from .analysis.metrics import Mistake, gallery, softmax, worst_mistakes
 
-# %% ../nbs/05_evaluation.ipynb #ac58490b
+# %% ../nbs/05_evaluation.ipynb #ccf8a236
 from .analysis.calibration import (
     Calibration, Coverage, coverage_curve, evaluate_calibration, expected_calibration_error,
     fit_temperature, nll, reliability, scaled, threshold_for)
-
-# %% ../nbs/05_evaluation.ipynb #1ce596cf
 from .analysis.comparison import McNemar, mcnemar, robustness_table, robustness_text
 from .analysis.hierarchy import Hierarchy, coarse_logits, evaluate_hierarchy
 
-# %% ../nbs/05_evaluation.ipynb #50c997b7
+# %% ../nbs/05_evaluation.ipynb #2e35214d
 _all_ = ["EvaluationError", "checked", "topk_hits", "bootstrap_interval", "share_interval",
-         "wilson_interval",
-         "class_names", "confusion_matrix", "percent", "span", "ClassScore", "confusion_rates",
-         "macro",
-         "per_class_table", "Evaluation", "evaluate_logits", "top_confusions", "Mistake", "gallery",
-         "softmax",
-         "worst_mistakes", "Calibration", "Coverage", "coverage_curve", "evaluate_calibration",
-         "expected_calibration_error", "fit_temperature", "nll", "reliability", "scaled",
-         "threshold_for",
-         "McNemar", "mcnemar", "robustness_table", "robustness_text", "Hierarchy", "coarse_logits",
-         "evaluate_hierarchy"]
+         "wilson_interval", "class_names", "confusion_matrix", "percent", "span", "ClassScore",
+         "confusion_rates", "macro", "per_class_table", "Evaluation", "evaluate_logits",
+         "top_confusions", "Mistake", "gallery", "softmax", "worst_mistakes", "class_gallery",
+         "gallery_app", "mistake_row", "Calibration", "Coverage", "coverage_curve",
+         "evaluate_calibration", "expected_calibration_error", "fit_temperature", "nll",
+         "reliability", "scaled", "threshold_for", "McNemar", "mcnemar", "robustness_table",
+         "robustness_text", "Hierarchy", "coarse_logits", "evaluate_hierarchy"]

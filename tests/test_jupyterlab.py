@@ -85,7 +85,8 @@ def changed(checkout: Path) -> str:
 
 def command() -> list:
     "What `make lab` runs, with this environment's commands"
-    line = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # inside `make test` it would say which folder it enters
+    line = subprocess.run(["make", "-n", "lab"], cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     program, *arguments = shlex.split(line)
     return [str(Path(sys.executable).with_name(Path(program).name)), *arguments]
 
