@@ -148,6 +148,7 @@ def violations(notebook: dict) -> list:
     "What is over the budget, one sentence each"
     cells = [cell for cell in notebook["cells"] if source(cell).strip()]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
+    if not code: return []  # a page to read, such as the glossary
     lines = [code_lines(cell) for cell in code]
     exported = [code_lines(cell) for cell in code if is_export(cell) and definitions(cell)]
     markdown = sum(cell["cell_type"] == "markdown" for cell in cells) / len(cells)

@@ -1,11 +1,12 @@
 "The course line: every chapter within its budget, nothing used before it is explained, every study point of the notes answered."
 import json
+import re
 from collections import Counter
 
 import pytest
 from conftest import NOTEBOOKS
-from course_line import HOURS, UNWRITTEN, budget_faults, chapters, load, opening_faults, opening_minutes, point_faults, points, unexplained
-from style_budget import kind, minutes
+from course_line import HOURS, NBS, UNWRITTEN, budget_faults, chapters, load, opening_faults, opening_minutes, point_faults, points, unexplained
+from style_budget import kind, minutes, source
 
 CHAPTERS = [pytest.param(path, id=path.stem) for path in chapters() if path.stem not in UNWRITTEN]
 LONGER = [pytest.param(path, id=path.stem) for path in NOTEBOOKS if kind(path.name) != "chapter" and opening_minutes(load(path))]
@@ -41,6 +42,17 @@ def test_every_study_point_is_answered_in_a_chapter():
     rows = points()
     assert point_faults(rows) == []
     assert [point for point, times in Counter((row["note"], row["point"]) for row in rows).items() if times > 1] == []
+
+
+def test_the_glossary_leads_back():
+    notebook = load(NBS / "95_glossary.ipynb")
+    rows = re.findall(r"^\| `?(.+?)`? \| .+? \| .+? \| \[.+?\]\((.+?)\) \|$", "".join(notebook["cells"][1]["source"]), re.MULTILINE)
+    terms = [term.lower() for term, _ in rows]
+    assert len(terms) > 50 and terms == sorted(set(terms))
+    for term, name in rows:
+        assert kind(name) == "chapter", name
+        text = " ".join(source(cell) for cell in load(NBS / name)["cells"] if cell["cell_type"] == "markdown").lower()
+        assert term.lower() in text, f"{name} does not speak of {term}"
 
 
 def markdown(text: str) -> dict:

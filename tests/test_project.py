@@ -52,7 +52,7 @@ def test_notebook_is_clean(copy, path):
 
 # What is over the budget, with its reason: a scene is composed in one go, with six lines of parameters and a dozen of drawing; an option takes a
 # line, and the steps of a run hand on what was asked for; callbacks are registered in one go. Cut in two they would read worse.
-ALLOWED = {"80g_scenes": ["median exported cell: 13.0 lines, budget 10"], "06_run_training": ["median exported cell: 13.0 lines, budget 10"],
+ALLOWED = {"80g_scenes": ["median exported cell: 13.0 lines, budget 10"],
            "06b_options": ["median exported cell: 11 lines, budget 10"], "10c_callbacks": ["median exported cell: 14.0 lines, budget 10"]}
 
 
@@ -290,7 +290,7 @@ def test_site_filter(path, filtered):
     assert cells[0]["cell_type"] == "raw" and "title:" in front and "output-file" not in front
     shown = [cell for cell in cells if "show_doc(" in "".join(cell["source"])]
     assert all(cell["outputs"] for cell in shown), "show_doc ran without a result"
-    if path.stem != "index": assert any("callout-note" in "".join(cell["source"]) for cell in cells), "the opening callout got lost"
+    if path.stem not in ("index", "95_glossary"): assert any("callout-note" in "".join(cell["source"]) for cell in cells), "the opening callout got lost"
 
 
 def test_every_chapter_is_on_the_maps():
